@@ -1,0 +1,62 @@
+"""The contract of a codec: an approximate linear operator on rows of K or V."""
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Encoded = Any  # a pytree of arrays [*b, rows, ...]; rows is proportional to the tokens encoded
+
+
+class Codec(abc.ABC):
+    """How rows of K or V are stored. Subclasses are `types.pytree`s with static fields.
+
+    `decode` defines the codec; `dot` and `mix` are the two contractions that attention needs and must agree with it.
+    Every array of an encoding is [*b, rows, ...] with rows proportional to tokens, so that encodings of consecutive
+    units of tokens concatenate along that axis; this is what lets blocks move between rungs without re-encoding.
+    """
+
+    @property
+    @abc.abstractmethod
+    def unit(self) -> int:
+        """Tokens that are encoded inseparably: 1 when every token stands alone."""
+
+    @abc.abstractmethod
+    def encode(self, x: jax.Array, pos: jax.Array) -> Encoded:
+        """Encode x [*b, S, D] whose tokens stand at text positions pos i32[*b, S]; S is a multiple of `unit`."""
+
+    @abc.abstractmethod
+    def decode(self, enc: Encoded, pos: jax.Array) -> jax.Array:
+        """Return the approximation [*b, S, D] of what was encoded."""
+
+    @abc.abstractmethod
+    def nbits(self, num_tokens: int, head_dim: int) -> int:
+        """Bits that `num_tokens` tokens of one head occupy, payload and metadata, exactly."""
+
+    @abc.abstractmethod
+    def metadata_bits(self, num_tokens: int, head_dim: int) -> int:
+        """The part of `nbits` that is not codes."""
+
+    def dot(self, q: jax.Array, enc: Encoded, pos: jax.Array) -> jax.Array:
+        """Return q . K^T, f32[*b, R, S], for q [*b, R, D]."""
+        k = self.decode(enc, pos)
+        return jnp.einsum("...rd,...sd->...rs", q.astype(k.dtype), k, preferred_element_type=jnp.float32)
+
+    def mix(self, p: jax.Array, enc: Encoded, pos: jax.Array) -> jax.Array:
+        """Return p . V, f32[*b, R, D], for p f32[*b, R, S]."""
+        v = self.decode(enc, pos)
+        return jnp.einsum("...rs,...sd->...rd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+    def check(self, head_dim: int, block_size: int) -> None:
+        """Raise ValueError if rows of `head_dim` or blocks of `block_size` tokens cannot be encoded."""
+        del head_dim
+        if block_size % self.unit:
+            raise ValueError(
+                f"block_size={block_size} must be a multiple of {self.unit}, the tokens that {self} encodes together."
+            )
+
+    def bind(self, dtype: Any) -> "Codec":
+        """Return this codec for input rows of `dtype`; most need not know."""
+        del dtype
+        return self

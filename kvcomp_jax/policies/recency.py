@@ -1,0 +1,25 @@
+"""Newer is better."""
+
+import jax
+import jax.numpy as jnp
+
+from kvcomp_jax.policies.base import Policy
+from kvcomp_jax.types import pytree
+
+
+@pytree
+class Recency(Policy):
+    """Keep the most recent tokens, and the first `num_sinks`.
+
+    Source: StreamingLLM, Xiao et al. 2023, arXiv:2309.17453 (with 4 sinks).
+    """
+
+    @property
+    def fifo(self) -> bool:
+        """True: first in, first out."""
+        return True
+
+    def score(self, stat: jax.Array | None, pos: jax.Array) -> jax.Array:
+        """The position itself."""
+        del stat
+        return pos.astype(jnp.float32)

@@ -1,0 +1,1 @@
+"""Operations on arrays, one folder each; they know no codec, cache or model."""
