@@ -5,6 +5,8 @@ to unpack on TPU and unpacks without shuffles elsewhere. 3 bits are a plane of 2
 exactly 3; 8 bits are plain bytes.
 """
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +31,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     codes = codes.reshape(*b, num_tokens // unit, unit, dim).astype(jnp.uint32)
     words, low = [], 0
     for plane in _PLANES[bits]:
-        words.append(_pack_plane((codes >> low) & (2**plane - 1), plane))
+        words.append(_pack_plane((codes >> low) & jnp.uint32(2**plane - 1), plane))
         low += plane
     return jnp.concatenate(words, -2).reshape(*b, num_tokens * bits // 32, dim)
 
@@ -41,27 +43,28 @@ def unpack(words: jax.Array, bits: int) -> jax.Array:
     *b, rows, dim = words.shape
     unit = pack_unit(bits)
     words = words.reshape(*b, rows * 32 // (bits * unit), unit * bits // 32, dim)
-    codes, low, row = None, 0, 0
+    parts, low, row = [], 0, 0
     for plane in _PLANES[bits]:
         num_words = unit * plane // 32
-        part = _unpack_plane(words[..., row : row + num_words, :], plane) << low
-        codes = part if codes is None else codes | part
+        parts.append(_unpack_plane(words[..., row : row + num_words, :], plane) << low)
         low, row = low + plane, row + num_words
-    return codes.reshape(*b, rows * 32 // bits, dim)
+    return reduce(jnp.bitwise_or, parts).reshape(*b, rows * 32 // bits, dim)
 
 
 def _pack_plane(codes: jax.Array, bits: int) -> jax.Array:
     """[..., n * 32/bits, D] -> [..., n, D]."""
     per_word = 32 // bits
     codes = codes.reshape(*codes.shape[:-2], codes.shape[-2] // per_word, per_word, codes.shape[-1])
-    return (codes << _shifts(bits)).sum(-2, dtype=jnp.uint32)  # disjoint bits: the sum is an or
+    return (codes << _shifts(bits, codes.ndim)).sum(-2, dtype=jnp.uint32)  # disjoint bits: the sum is an or
 
 
 def _unpack_plane(words: jax.Array, bits: int) -> jax.Array:
     """[..., n, D] -> [..., n * 32/bits, D]."""
-    codes = (words[..., None, :] >> _shifts(bits)) & jnp.uint32(2**bits - 1)
+    codes = (words[..., None, :] >> _shifts(bits, words.ndim + 1)) & jnp.uint32(2**bits - 1)
     return codes.reshape(*words.shape[:-2], words.shape[-2] * 32 // bits, words.shape[-1])
 
 
-def _shifts(bits: int) -> jax.Array:
-    return (jnp.arange(32 // bits, dtype=jnp.uint32) * bits)[:, None]
+def _shifts(bits: int, rank: int) -> jax.Array:
+    """Shift of each token in its word, along the last axis but one of an array of `rank`."""
+    shifts = jnp.arange(32 // bits, dtype=jnp.uint32) * jnp.uint32(bits)
+    return shifts.reshape(*(1,) * (rank - 2), -1, 1)

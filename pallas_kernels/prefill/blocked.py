@@ -28,7 +28,7 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None):
             s, k_block = _slice(k, j, block_k)
             _, v_block = _slice(v, j, block_k)
             logits = capped(_logits(q_block, k_block), soft_cap)  # [B, K, G, Q, P]
-            live = visible(start, t, s, sliding_window) & (s >= j * block_k)
+            live = visible(start, t, s, sliding_window) & (s >= j * block_k)[None, None, None, None]
             logits = jnp.where(live, logits, MASK_VALUE)
             new_top = jnp.maximum(top, logits.max(-1))
             keep = jnp.exp(top - new_top)
@@ -61,8 +61,8 @@ def mass(q, k, lse, start, length, *, soft_cap=None, sliding_window=None):
         def step(j, total):
             s, k_block = _slice(k, j, block_k)
             logits = capped(_logits(q_block, k_block), soft_cap)
-            live = visible(start, t, s, sliding_window) & (s >= j * block_k)
-            live = live & (t < length[:, None])[:, None, None, :, None]
+            live = visible(start, t, s, sliding_window) & (s >= j * block_k)[None, None, None, None]
+            live = live & (t[None] < length[:, None])[:, None, None, :, None]
             received = jnp.where(live, jnp.exp(logits - lse_block), 0.0).sum((2, 3))  # [B, K, P]
             return lax.dynamic_update_slice_in_dim(
                 total, lax.dynamic_slice_in_dim(total, s[0], block_k, 2) + received, s[0], 2

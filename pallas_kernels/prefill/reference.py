@@ -22,7 +22,7 @@ def mass(q, k, lse, start, length, *, soft_cap=None, sliding_window=None):
     t = jnp.arange(q.shape[3])
     logits = capped(jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32), soft_cap)
     live = visible(start, t, jnp.arange(k.shape[2]), sliding_window)
-    live = live & (t < length[:, None])[:, None, None, :, None]
+    live = live & (t[None] < length[:, None])[:, None, None, :, None]
     return jnp.where(live, jnp.exp(logits - lse[..., None]), 0.0).sum((2, 3))
 
 
@@ -33,5 +33,5 @@ def capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
 
 def visible(start: jax.Array, t: jax.Array, s: jax.Array, sliding_window: int | None) -> jax.Array:
     """Which slots s [S] a query t [T] of each row sees: bool[B, 1, 1, T, S]."""
-    ago = (start[:, None] + t)[:, None, None, :, None] - s[None, None, None, None, :]
+    ago = (start[:, None] + t[None])[:, None, None, :, None] - s[None, None, None, None, :]
     return (ago >= 0) if sliding_window is None else (ago >= 0) & (ago < sliding_window)

@@ -1,0 +1,145 @@
+"""Bytes that caches hold: every array counted, live and allocated apart; before or after they exist."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvcomp_jax.cache import LayerCache, init
+from kvcomp_jax.plan import CachePlan
+from kvcomp_jax.prompt import PromptCache
+from kvcomp_jax.spec import LayerSpec
+
+
+class Bytes(NamedTuple):
+    """Bytes over all layers and rows.
+
+    allocated: Every array, full or empty. used: What live tokens occupy, and all counters. metadata: The part of
+    `used` that is neither codes nor exact values: scales, zero points, positions, statistics, counters.
+    """
+
+    allocated: int
+    used: int
+    metadata: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Occupancy:
+    """Live tokens a row and KV head, i64[B] each."""
+
+    sinks: np.ndarray
+    window: np.ndarray
+    tiers: tuple[np.ndarray, ...]
+
+
+def nbytes(caches: Any) -> Bytes:
+    """Count the bytes of a cache or any pytree of caches. Reads counters back from the device."""
+    held = _caches(caches)
+    totals = [_layer_bytes(cache, _occupancy(cache)) for cache in held]
+    return Bytes(
+        allocated=sum(x.nbytes for x in jax.tree.leaves(caches)),
+        used=sum(used for used, _ in totals) + _staged_bytes(caches),
+        metadata=sum(metadata for _, metadata in totals),
+    )
+
+
+def forecast(plan: CachePlan, lengths: Sequence[int], dtype: Any) -> Bytes:
+    """Count the bytes that the caches of `plan` will hold after prompts of `lengths` tokens, without making them."""
+    row_plans = plan.row_plans(lengths)
+    used = metadata = allocated = 0
+    layout = plan.layout
+    for layer, spec in enumerate(plan.specs):
+
+        def make(spec: LayerSpec = spec) -> LayerCache:
+            return init(
+                spec, batch=len(lengths), num_kv_heads=layout.num_kv_heads, head_dim=layout.head_dim, dtype=dtype
+            )
+
+        cache = jax.eval_shape(make)
+        allocated += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+        rows = [_after_prompt(row.specs[layer], length) for row, length in zip(row_plans, lengths, strict=True)]
+        layer_used, layer_metadata = _layer_bytes(cache, _stack(rows))
+        used, metadata = used + layer_used, metadata + layer_metadata
+    return Bytes(allocated=allocated, used=used, metadata=metadata)
+
+
+def live_tokens(cache: LayerCache) -> np.ndarray:
+    """Tokens that each row holds for one KV head, sinks, window and rungs together: i64[B]."""
+    held = _occupancy(cache)
+    return held.sinks + held.window + sum(held.tiers)
+
+
+def _caches(tree: Any) -> list[LayerCache]:
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, LayerCache))
+    found = [x for x in nodes if isinstance(x, LayerCache)]
+    if not found:
+        raise TypeError(f"nbytes needs a LayerCache or a pytree of them, got {type(tree).__name__}.")
+    return found
+
+
+def _staged_bytes(tree: Any) -> int:
+    """Live bytes of the exact tokens of prompts that are still open."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, PromptCache))
+    total = 0
+    for prompt in nodes:
+        if isinstance(prompt, PromptCache):
+            total += prompt.filled.nbytes
+            if prompt.staged is not None:
+                share = int(np.asarray(prompt.filled).sum()) * prompt.staged.k.shape[1]
+                per_token = sum(x.dtype.itemsize * (x.shape[-1] if x.ndim == 4 else 1) for x in jax.tree.leaves(prompt.staged))
+                total += share * per_token
+    return total
+
+
+def _layer_bytes(cache: LayerCache, held: _Occupancy) -> tuple[int, int]:
+    """(used, metadata) of one layer; the cache's arrays may be mere shapes."""
+    _, heads, _, head_dim = cache.window.k.shape
+    exact = 2 * head_dim * jnp.dtype(cache.window.k.dtype).itemsize
+    payload = heads * exact * int((held.sinks + held.window).sum())
+    metadata = 0 if cache.window.stat is None else 4 * heads * int(held.window.sum())
+    for tier, live in zip(cache.tiers, held.tiers, strict=True):
+        for tokens in map(int, live):
+            for codec in (tier.k_codec, tier.v_codec):
+                extra = codec.metadata_bits(tokens, head_dim)
+                payload += heads * (codec.nbits(tokens, head_dim) - extra) // 8
+                metadata += heads * extra // 8
+            metadata += 4 * heads * tokens * ((tier.pos is not None) + (tier.stat is not None))
+    counters = [cache.length, cache.settled, cache.window_limit]
+    counters += [x for tier in cache.tiers for x in (tier.entered, tier.limit)]
+    metadata += sum(x.size * x.dtype.itemsize for x in counters)
+    return payload + metadata, metadata
+
+
+def _occupancy(cache: LayerCache) -> _Occupancy:
+    length, settled, limit = (np.asarray(x, np.int64) for x in (cache.length, cache.settled, cache.window_limit))
+    after_sinks = np.maximum(length - cache.spec.policy.num_sinks, 0)
+    window = after_sinks - settled if cache.spec.rungs else np.minimum(after_sinks, limit)
+    tiers = []
+    for tier in cache.tiers:
+        if tier.pos is None:
+            tiers.append(np.minimum(np.asarray(tier.entered, np.int64), np.asarray(tier.limit)))
+        else:
+            tiers.append((np.asarray(tier.pos) >= 0).sum((1, 2)) // tier.pos.shape[1])
+    return _Occupancy(sinks=length - after_sinks, window=window, tiers=tuple(tiers))
+
+
+def _after_prompt(spec: LayerSpec, length: int) -> _Occupancy:
+    """What one row of `spec` holds after a prompt; mirrors `fill`."""
+    after_sinks = max(length - spec.policy.num_sinks, 0)
+    old = max(after_sinks - spec.window, 0)
+    room = sum(rung.capacity for rung in spec.rungs)
+    settled = old if not spec.policy.fifo and old > room else old - old % spec.block_size
+    tiers, left = [], settled
+    for rung in spec.rungs:
+        tiers.append(np.array([min(left, rung.capacity)]))
+        left -= min(left, rung.capacity)
+    window = after_sinks - settled if spec.rungs else min(after_sinks, spec.window)
+    return _Occupancy(np.array([length - after_sinks]), np.array([window]), tuple(tiers))
+
+
+def _stack(rows: list[_Occupancy]) -> _Occupancy:
+    tiers = tuple(np.concatenate(parts) for parts in zip(*(row.tiers for row in rows), strict=True))
+    return _Occupancy(np.concatenate([r.sinks for r in rows]), np.concatenate([r.window for r in rows]), tiers)

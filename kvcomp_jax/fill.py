@@ -1,0 +1,108 @@
+"""Where the tokens of a prompt go: sinks, window and rungs, each gathered from the prompt in one piece."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kvcomp_jax.cache import Exact, LayerCache
+from kvcomp_jax.tiers import Tier, ring_index
+
+
+def fill(cache: LayerCache, prompt: Exact, length: jax.Array) -> LayerCache:
+    """Distribute a prompt [B, K, S, D] of length i32[B] over an empty cache.
+
+    The most recent `window` tokens stay exact. By age, the rest settles in whole blocks as it would have in a stream.
+    Ranked, the best tokens fill the rungs from the top, each rung in order of position; if there are more than fit,
+    the cache then holds exactly its budget.
+    """
+    policy = cache.spec.policy
+    after_sinks = jnp.maximum(length - policy.num_sinks, 0)
+    old = jnp.maximum(after_sinks - cache.window_limit, 0)
+    settled = _whole_blocks(cache, old) if cache.spec.rungs else jnp.zeros_like(old)
+    if policy.fifo:
+        tiers = _fill_by_age(cache, prompt, settled)
+    else:
+        tiers = _fill_by_score(cache, prompt, settled)
+    filled = dataclasses.replace(cache, tiers=tiers, settled=settled)
+    return overlay(filled, prompt, jnp.zeros_like(length), length)
+
+
+def overlay(cache: LayerCache, staged: Exact, first: jax.Array, count: jax.Array) -> LayerCache:
+    """Append tokens first .. first + count (i32[B]) of staged [B, K, S, D] to sinks and window, however many."""
+    num_sinks, num_slots = cache.spec.policy.num_sinks, cache.spec.window_slots
+    length = cache.length + count
+    index = ring_index(jnp.maximum(length - num_sinks, 0), num_slots, num_slots)
+    window = _replace_new(cache.window, staged, index + num_sinks - cache.length[:, None], first, count)
+    sinks = cache.sinks
+    if sinks is not None:
+        pos = jnp.arange(num_sinks, dtype=jnp.int32)[None]
+        sinks = _replace_new(sinks, staged, pos - cache.length[:, None], first, count)
+    return dataclasses.replace(cache, window=window, sinks=sinks, length=length)
+
+
+def _replace_new(old: Exact, staged: Exact, offset: jax.Array, first: jax.Array, count: jax.Array) -> Exact:
+    """Take token first + offset (i32[B, S]) of staged where 0 <= offset < count, and the old slot elsewhere."""
+    new = ((offset >= 0) & (offset < count[:, None]))[:, None]
+    rows = gather(staged, (offset + first[:, None])[:, None])
+    k = jnp.where(new[..., None], rows.k, old.k)
+    v = jnp.where(new[..., None], rows.v, old.v)
+    return Exact(k=k, v=v, stat=None if old.stat is None else jnp.where(new, rows.stat, old.stat))
+
+
+def gather(rows: Exact, index: jax.Array) -> Exact:
+    """Take tokens at index i32[B, K or 1, n] of rows [B, K, S, D]; out of range is clipped."""
+
+    def one(x: jax.Array) -> jax.Array:
+        where = index if x.ndim == 3 else index[..., None]
+        return jnp.take_along_axis(x, where, 2, mode="clip")
+
+    return jax.tree.map(one, rows)
+
+
+def _whole_blocks(cache: LayerCache, old: jax.Array) -> jax.Array:
+    """Of `old` tokens that left the exact window, how many settle; the rest waits in the window for its block."""
+    whole = old - old % cache.spec.block_size
+    if cache.spec.policy.fifo:
+        return whole
+    room = sum(tier.limit for tier in cache.tiers)
+    return jnp.where(old > room, old, whole)
+
+
+def _fill_by_age(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tuple[Tier, ...]:
+    """Rings of consecutive blocks: the newest on the first rung."""
+    tiers, entered = [], settled
+    for tier in cache.tiers:
+        index = ring_index(entered, tier.limit, tier.capacity) + cache.spec.policy.num_sinks
+        index = jnp.broadcast_to(index[:, None], (*prompt.k.shape[:2], tier.capacity))
+        rows = gather(prompt, index)
+        k, v = tier.k_codec.encode(rows.k, index), tier.v_codec.encode(rows.v, index)
+        tiers.append(dataclasses.replace(tier, k=k, v=v, entered=jnp.where(tier.limit > 0, entered, 0)))
+        entered = jnp.maximum(entered - tier.limit, 0)
+    return tuple(tiers)
+
+
+def _fill_by_score(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tuple[Tier, ...]:
+    """The highest scores first, lower index first among equals."""
+    policy, num_slots = cache.spec.policy, prompt.k.shape[2]
+    place = jnp.arange(num_slots, dtype=jnp.int32)[None]
+    candidate = (place >= policy.num_sinks) & (place < (settled + policy.num_sinks)[:, None])
+    pos = jnp.broadcast_to(place[:, None], prompt.k.shape[:3])
+    score = jnp.where(candidate[:, None], policy.score(prompt.stat, pos), -jnp.inf)
+    order = lax.top_k(score, min(num_slots, sum(tier.capacity for tier in cache.tiers)))[1].astype(jnp.int32)
+    tiers, first = [], jnp.zeros_like(settled)
+    for tier in cache.tiers:
+        slot = jnp.arange(tier.capacity, dtype=jnp.int32)[None]
+        rank = slot + first[:, None]
+        live = (slot < tier.limit[:, None]) & (rank < settled[:, None])
+        index = jnp.take_along_axis(order, rank[:, None], 2, mode="clip")
+        index = jnp.sort(jnp.where(live[:, None], index, num_slots), -1)
+        rows = gather(prompt, index)
+        k, v = tier.k_codec.encode(rows.k, index), tier.v_codec.encode(rows.v, index)
+        kept = jnp.where(index < num_slots, index, -1)
+        stat = None if tier.stat is None else jnp.where(kept >= 0, rows.stat, 0.0)
+        count = jnp.clip(settled - first, 0, tier.limit)
+        tiers.append(dataclasses.replace(tier, k=k, v=v, pos=kept, stat=stat, entered=count))
+        first = first + tier.limit
+    return tuple(tiers)

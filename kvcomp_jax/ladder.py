@@ -1,0 +1,147 @@
+"""Tokens on the move: blocks enter a rung, what gives way goes to the next, and off the last one it is evicted."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kvcomp_jax.codecs import Codec, Encoded
+from kvcomp_jax.policies import Policy
+from kvcomp_jax.tiers import Tier
+from kvcomp_jax.types import pytree
+
+
+@pytree
+class Block:
+    """Tokens between two places. Every array is [B, K, rows, ...] with rows proportional to tokens."""
+
+    k_codec: Codec
+    v_codec: Codec
+    k: Encoded
+    v: Encoded
+    pos: jax.Array  # i32[B, K, P], -1 = no token
+    stat: jax.Array | None  # f32[B, K, P]
+
+
+def push(tiers: tuple[Tier, ...], block: Block, due: jax.Array, policy: Policy) -> tuple[Tier, ...]:
+    """Put a block on the first rung and what each rung displaces on the next, in rows that are due (bool[B])."""
+    moved = []
+    for tier in tiers:
+        tier, block = insert(tier, block, due, policy)
+        moved.append(tier)
+    return tuple(moved)
+
+
+def insert(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tuple[Tier, Block]:
+    """Put a block on a rung, in rows that are due; return the rung and the block that it displaced.
+
+    What gives way is the oldest, or the lowest scores among the rung's tokens and the new ones, a unit at a time.
+    Codes move as they are between rungs of equal codecs and are taken anew otherwise.
+    """
+    block = _transcode(block, tier)
+    return _insert_fifo(tier, block, due, policy) if policy.fifo else _insert_ranked(tier, block, due, policy)
+
+
+def _insert_fifo(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tuple[Tier, Block]:
+    """Overwrite the oldest block of the ring."""
+    size = block.pos.shape[-1]
+    due = due & (block.pos[:, 0, 0] >= 0)  # a row's block is whole or absent
+    stored = due & (tier.limit > 0)  # a rung without room passes its block on
+    first = tier.entered % jnp.maximum(tier.limit, 1)
+    slot = (first // tier.unit)[:, None] + jnp.arange(size // tier.unit)[None]
+    slot = jnp.broadcast_to(slot[:, None], (*block.pos.shape[:2], slot.shape[-1]))
+    old = take(_stored(tier), slot, tier.capacity // tier.unit)
+    index = tier.entered - tier.limit
+    pos = jnp.where((stored & (index >= 0))[:, None], (index + policy.num_sinks)[:, None] + jnp.arange(size)[None], -1)
+    old["pos"] = jnp.broadcast_to(pos[:, None], block.pos.shape)
+    new = {name: part for name, part in _moving(block).items() if name != "pos"}
+    out = jax.tree.map(lambda x, y: jnp.where(_expand(tier.limit > 0, x), x, y), old, _moving(block))
+    slot = jnp.where(stored[:, None, None], slot, tier.capacity)
+    kept = put(_stored(tier), slot, new, tier.capacity // tier.unit)
+    entered = tier.entered + jnp.where(stored, size, 0)
+    return dataclasses.replace(tier, entered=entered, **kept), dataclasses.replace(block, **out)
+
+
+def _insert_ranked(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tuple[Tier, Block]:
+    """Replace the units with the lowest scores, among the rung's and the block's."""
+    num_units, num_new = tier.capacity // tier.unit, block.pos.shape[-1] // tier.unit
+    usable = (jnp.arange(num_units) * tier.unit)[None] < tier.limit[:, None]
+    mine = jnp.where(usable[:, None], _unit_scores(policy, tier.stat, tier.pos, tier.unit), jnp.inf)
+    theirs = _unit_scores(policy, block.stat, block.pos, tier.unit)
+    victims = lax.top_k(-jnp.concatenate([mine, theirs], -1), num_new)[1]  # [B, K, n]
+    from_tier = victims < num_units
+    stored, moving = _stored(tier), _moving(block)
+    out = jax.tree.map(
+        lambda x, y: jnp.where(_expand(jnp.repeat(from_tier, x.shape[2] // num_new, 2), x), x, y),
+        take(stored, victims, num_units),
+        take(moving, victims - num_units, num_new),
+    )
+    out["pos"] = jnp.where(_expand(due, out["pos"]), out["pos"], -1)
+    # The block's survivors go to the slots that were freed, pairwise after sorting both to the front.
+    newcomers = jnp.arange(num_units, num_units + num_new)[None, None, :, None]
+    survivors = jnp.argsort((victims[:, :, None, :] == newcomers).any(-1), -1, stable=True)
+    freed = jnp.take_along_axis(victims, jnp.argsort(~from_tier, -1, stable=True), -1)
+    slot = jnp.where((freed < num_units) & due[:, None, None], freed, num_units)
+    kept = put(stored, slot, take(moving, survivors, num_new), num_units)
+    entered = tier.entered + jnp.where(due, block.pos.shape[-1], 0)
+    return dataclasses.replace(tier, entered=entered, **kept), dataclasses.replace(block, **out)
+
+
+def take(rows: Any, index: jax.Array, num_units: int) -> Any:
+    """Gather units index i32[B, K, n] of arrays [B, K, rows, ...] that hold `num_units`; out of range is clipped."""
+
+    def one(x: jax.Array) -> jax.Array:
+        x = _by_unit(x, num_units)
+        where = index.reshape(*index.shape, *(1,) * (x.ndim - 3))
+        x = jnp.take_along_axis(x, where, 2, mode="clip")
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+    return jax.tree.map(one, rows)
+
+
+def put(rows: Any, index: jax.Array, new: Any, num_units: int) -> Any:
+    """Write units of `new` at index i32[B, K, n]; out of range is dropped."""
+    b = jnp.arange(index.shape[0])[:, None, None]
+    h = jnp.arange(index.shape[1])[None, :, None]
+
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
+        y = _by_unit(y, index.shape[2]).astype(x.dtype)
+        return _by_unit(x, num_units).at[b, h, index].set(y, mode="drop").reshape(x.shape)
+
+    return jax.tree.map(one, rows, new)
+
+
+def _by_unit(x: jax.Array, num_units: int) -> jax.Array:
+    """[B, K, rows, ...] -> [B, K, units, rows / units, ...]."""
+    return x.reshape(*x.shape[:2], num_units, x.shape[2] // num_units, *x.shape[3:])
+
+
+def _expand(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """Give a mask over x's leading axes x's rank."""
+    return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
+
+
+def _stored(tier: Tier) -> dict[str, Any]:
+    return {name: getattr(tier, name) for name in ("k", "v", "pos", "stat") if getattr(tier, name) is not None}
+
+
+def _moving(block: Block) -> dict[str, Any]:
+    return {name: getattr(block, name) for name in ("k", "v", "pos", "stat") if getattr(block, name) is not None}
+
+
+def _unit_scores(policy: Policy, stat: jax.Array | None, pos: jax.Array, size: int) -> jax.Array:
+    """Mean score of the live tokens of each unit, -inf where there are none: f32[B, K, units]."""
+    live = (pos >= 0).reshape(*pos.shape[:2], -1, size)
+    total = jnp.where(live, policy.score(stat, pos).reshape(live.shape), 0.0).sum(-1)
+    count = live.sum(-1)
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), -jnp.inf)
+
+
+def _transcode(block: Block, tier: Tier) -> Block:
+    def recode(old: Codec, new: Codec, enc: Encoded) -> Encoded:
+        return enc if old == new else new.encode(old.decode(enc, block.pos), block.pos)
+
+    k, v = recode(block.k_codec, tier.k_codec, block.k), recode(block.v_codec, tier.v_codec, block.v)
+    return dataclasses.replace(block, k=k, v=v, k_codec=tier.k_codec, v_codec=tier.v_codec)

@@ -1,0 +1,23 @@
+"""Published systems: one a file, each a function that returns a spec; `METHODS` is the table, `parse` reads text."""
+
+from kvcomp_jax.methods.full import full
+from kvcomp_jax.methods.h2o import h2o
+from kvcomp_jax.methods.int8_int4 import int4, int8
+from kvcomp_jax.methods.kivi import kivi
+from kvcomp_jax.methods.registry import METHODS, Context, Method, MethodInfo, method, parse
+from kvcomp_jax.methods.streaming_llm import streaming_llm
+
+__all__ = [
+    "METHODS",
+    "Context",
+    "Method",
+    "MethodInfo",
+    "full",
+    "h2o",
+    "int4",
+    "int8",
+    "kivi",
+    "method",
+    "parse",
+    "streaming_llm",
+]

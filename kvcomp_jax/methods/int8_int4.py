@@ -1,0 +1,42 @@
+"""The plain quantised caches that serving engines ship: one scale a token and head."""
+
+from kvcomp_jax.codecs import Affine
+from kvcomp_jax.methods.registry import Context, method
+from kvcomp_jax.policies import Recency
+from kvcomp_jax.spec import LayerSpec, Rung, blocks
+
+
+@method(axis="quantise", bits="8", source="MaxText quantised cache (absmax per token and head)")
+def int8(
+    context: Context,
+    *,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    num_sinks: int = 0,
+    window: int = 0,
+    block_size: int = 64,
+) -> LayerSpec:
+    """Store K and V at 8 bits, symmetric, with one scale a token and head."""
+    codec = Affine(bits=8, axis="token", group_size=group_size, symmetric=symmetric)
+    return _one_rung(context, codec, num_sinks, window, block_size)
+
+
+@method(axis="quantise", bits="4", source="lmdeploy KV4 (asymmetric per token and head)")
+def int4(
+    context: Context,
+    *,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    num_sinks: int = 0,
+    window: int = 0,
+    block_size: int = 64,
+) -> LayerSpec:
+    """Store K and V at 4 bits, asymmetric, with one scale and zero point a token and head."""
+    codec = Affine(bits=4, axis="token", group_size=group_size, symmetric=symmetric)
+    return _one_rung(context, codec, num_sinks, window, block_size)
+
+
+def _one_rung(context: Context, codec: Affine, num_sinks: int, window: int, block_size: int) -> LayerSpec:
+    """Tokens wait exactly for at most one block beside the window, because words pack several tokens."""
+    rung = Rung(codec, codec, blocks(context.max_len, block_size))
+    return LayerSpec(rungs=(rung,), policy=Recency(num_sinks=num_sinks), window=window, block_size=block_size)

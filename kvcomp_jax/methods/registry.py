@@ -1,0 +1,198 @@
+"""The table of methods, and their textual form: `name:option=value,option=value+name`."""
+
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
+
+from kvcomp_jax.plan import CachePlan, Layout, localise
+from kvcomp_jax.spec import LayerSpec
+
+Axis = Literal["none", "quantise", "select"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a method may size its spec by.
+
+    Attributes:
+      layout: The model.
+      max_len: Tokens that a row may reach, prompt and continuation.
+      prompt_len: Tokens of the prompt, for budgets that are a fraction of it; None if unknown.
+    """
+
+    layout: Layout
+    max_len: int
+    prompt_len: int | None = None
+
+    def tokens(self, budget: int | float) -> int:
+        """Resolve a budget: an int is tokens, a float a fraction of the prompt."""
+        if isinstance(budget, int):
+            if budget < 1:
+                raise ValueError(f"budget={budget} must be at least 1 token.")
+            return budget
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget={budget} is a fraction and must be in (0, 1]; write an integer for tokens.")
+        if self.prompt_len is None:
+            raise ValueError(f"budget={budget} is a fraction of the prompt: pass prompt_len, or write it in tokens.")
+        return max(int(budget * self.prompt_len), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodInfo:
+    """One row of the table `METHODS`."""
+
+    name: str
+    axis: Axis
+    bits: str  # of a stored value, without metadata; for people
+    source: str
+    summary: str
+    build: Callable[..., LayerSpec]
+    calibration: bool = False
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        """Options by name, with annotation and default."""
+        return {p.name: p for p in inspect.signature(self.build).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+METHODS: dict[str, MethodInfo] = {}
+
+
+def method(*, axis: Axis, bits: str, source: str, calibration: bool = False) -> Callable:
+    """Register a function `(context, *, options) -> LayerSpec` under its own name."""
+
+    def register(build: Callable[..., LayerSpec]) -> Callable[..., LayerSpec]:
+        name = build.__name__
+        if name in METHODS:
+            raise ValueError(f"method {name!r} is registered already.")
+        summary = (inspect.getdoc(build) or "").partition("\n")[0]
+        METHODS[name] = MethodInfo(name, axis, bits, source, summary, build, calibration)
+        return build
+
+    return register
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method with its options, or a selecting and a quantising one composed; hashable."""
+
+    parts: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+
+    def __str__(self) -> str:
+        return "+".join(
+            name + (":" + ",".join(f"{k}={v}" for k, v in options) if options else "") for name, options in self.parts
+        )
+
+    @property
+    def name(self) -> str:
+        """Names of the parts, joined by +."""
+        return "+".join(name for name, _ in self.parts)
+
+    def spec(
+        self, *, max_len: int, head_dim: int, prompt_len: int | None = None, num_kv_heads: int = 1
+    ) -> LayerSpec:
+        """Return the spec of a single layer without sliding window."""
+        layout = Layout(num_layers=1, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        return self.plan(layout, max_len=max_len, prompt_len=prompt_len).specs[0]
+
+    def plan(self, layout: Layout, *, max_len: int, prompt_len: int | None = None) -> CachePlan:
+        """Return the specs of all layers.
+
+        Args:
+          layout: The model's sizes.
+          max_len: Tokens that a row may reach.
+          prompt_len: Tokens of the longest prompt, for fractional budgets.
+
+        Raises:
+          ValueError: If an option's value is impossible, alone or for this model; the method is named.
+        """
+        if max_len < 1:
+            raise ValueError(f"max_len={max_len} must be at least 1 token.")
+        context = Context(layout, max_len, prompt_len)
+        try:
+            specs = [METHODS[name].build(context, **dict(options)) for name, options in self.parts]
+            spec = specs[0] if len(specs) == 1 else _compose(self, specs)
+            spec.check(layout.head_dim)
+        except ValueError as error:
+            raise ValueError(f"{self}: {error}") from error
+        windows = layout.sliding_windows or (None,) * layout.num_layers
+        fitted = {w: spec if w is None else localise(spec, w, max_len, layout.head_dim) for w in set(windows)}
+        return CachePlan(tuple(fitted[w] for w in windows), layout, planner=self, max_len=max_len)
+
+
+def parse(text: str) -> Method:
+    """Read `"kivi:bits=2,group_size=32"`, or a composition such as `"h2o:budget=0.5+int4"`.
+
+    Raises:
+      ValueError: One line that names what is unknown or malformed and the nearest thing that exists.
+    """
+    parts = tuple(_parse_part(part.strip()) for part in text.split("+"))
+    axes = sorted(METHODS[name].axis for name, _ in parts)
+    if len(parts) > 1 and axes != ["quantise", "select"]:
+        raise ValueError(f"{text!r}: a composition is one selecting and one quantising method, not {' and '.join(axes)}.")
+    return Method(parts)
+
+
+def _parse_part(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    name, _, tail = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{_nearest(name, METHODS)}.")
+    known = METHODS[name].options
+    options: dict[str, Any] = {}
+    for item in filter(None, (piece.strip() for piece in tail.split(","))):
+        key, equals, value = (piece.strip() for piece in item.partition("="))
+        if key not in known:
+            raise ValueError(f"{name} has no option {key!r}{_nearest(key, known)}.")
+        if not equals or not value:
+            raise ValueError(f"{name}: option {key!r} needs a value, as in {key}={known[key].default}.")
+        if key in options:
+            raise ValueError(f"{name}: option {key!r} is given twice.")
+        options[key] = _convert(name, key, value, known[key].annotation)
+    return name, tuple(options.items())
+
+
+def _convert(name: str, key: str, text: str, annotation: Any) -> Any:
+    """Read a value as one of the annotated types."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(annotation) if union else (annotation,)
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if types.NoneType in kinds and text.lower() == "none":
+        return None
+    for kind in (int, float, str):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    wanted = " or ".join(k.__name__ for k in kinds if k is not types.NoneType)
+    raise ValueError(f"{name}: {key}={text!r} must be {wanted}.")
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    listed = "; known: " + ", ".join(sorted(known)) if known else "; it has none"
+    return f", did you mean {close[0]!r}?{listed}" if close else listed
+
+
+def _compose(whole: Method, specs: list[LayerSpec]) -> LayerSpec:
+    """Keep the tokens that one spec selects in the codecs of the other's last rung, within the same budget."""
+    select, store = specs if METHODS[whole.parts[0][0]].axis == "select" else reversed(specs)
+    final = store.rungs[-1]
+    block = -(-16 // final.unit) * final.unit
+    window = select.window if select.rungs else store.window
+    sinks = max(select.policy.num_sinks, store.policy.num_sinks)
+    budget = select.max_tokens
+    capacity = (budget - sinks - window - (block - 1)) // block * block
+    if capacity < block:
+        needed = sinks + window + 2 * block - 1
+        raise ValueError(
+            f"budget={budget} tokens is too small: {sinks} sinks, {window} exact and one block of {block} need {needed}."
+        )
+    policy = dataclasses.replace(select.policy, num_sinks=sinks)
+    rung = dataclasses.replace(final, capacity=capacity)
+    return LayerSpec(rungs=(rung,), policy=policy, window=window, block_size=block)

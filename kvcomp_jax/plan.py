@@ -1,0 +1,133 @@
+"""From a method to the caches of a whole model: one spec a layer."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+
+from kvcomp_jax.cache import LayerCache, init
+from kvcomp_jax.spec import LayerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a plan needs to know of a model.
+
+    Attributes:
+      num_layers, num_kv_heads, head_dim: Sizes.
+      sliding_windows: Tokens that queries of each layer see, None for all; empty means None everywhere.
+      max_positions: Positions that the model was made for; None if it has no limit.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_windows: tuple[int | None, ...] = ()
+    max_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
+            raise ValueError(f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers.")
+
+
+class Planner(Protocol):
+    """Whatever can make a plan for a prompt of another length; `Method` is one."""
+
+    def plan(self, layout: Layout, *, max_len: int, prompt_len: int | None = None) -> "CachePlan": ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """The spec of every layer's cache.
+
+    `planner` and `max_len` say how the plan was made, so that rows whose prompts differ in length can have the budgets
+    that each would have alone.
+    """
+
+    specs: tuple[LayerSpec, ...]
+    layout: Layout
+    planner: Planner | None = None
+    max_len: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.specs) != self.layout.num_layers:
+            raise ValueError(f"a plan of {len(self.specs)} specs does not fit {self.layout.num_layers} layers.")
+
+    @property
+    def block_size(self) -> int:
+        """Decode steps between two calls of `settle`."""
+        return min((spec.block_size for spec in self.specs if spec.rungs), default=2**30)
+
+    def init(
+        self, *, batch: int, dtype: Any, prompt_lens: Sequence[int] | None = None
+    ) -> tuple[LayerCache, ...]:
+        """Return an empty cache for every layer.
+
+        Args:
+          batch: Rows.
+          dtype: Of exact tokens.
+          prompt_lens: Tokens of each row's prompt; budgets that are fractions then follow each row's own.
+        """
+        if prompt_lens is not None and len(prompt_lens) != batch:
+            raise ValueError(f"prompt_lens has {len(prompt_lens)} entries for batch={batch}.")
+        sizes = dict(batch=batch, num_kv_heads=self.layout.num_kv_heads, head_dim=self.layout.head_dim)
+        caches = tuple(init(spec, **sizes, dtype=dtype) for spec in self.specs)
+        if prompt_lens is None:
+            return caches
+        rows = self.row_plans(prompt_lens)
+        return tuple(_limited(cache, [row.specs[i] for row in rows]) for i, cache in enumerate(caches))
+
+    def row_plans(self, prompt_lens: Sequence[int]) -> list["CachePlan"]:
+        """The plan of each row alone; this one where it does not depend on the prompt."""
+        if self.planner is None:
+            return [self] * len(prompt_lens)
+        made = {n: self.planner.plan(self.layout, max_len=self.max_len, prompt_len=n) for n in set(prompt_lens)}
+        return [made[n] for n in prompt_lens]
+
+
+def _limited(cache: LayerCache, specs: list[LayerSpec]) -> LayerCache:
+    """Restrict each row of a cache to the sizes of its own spec."""
+    for spec in specs:
+        wide = [cache.spec.window, *(tier.capacity for tier in cache.tiers)]
+        if any(a > b for a, b in zip([spec.window, *(r.capacity for r in spec.rungs)], wide, strict=True)):
+            raise ValueError("a row's budget exceeds the plan's: make the plan with prompt_len of the longest prompt.")
+    tiers = tuple(
+        dataclasses.replace(tier, limit=jnp.array([spec.rungs[i].capacity for spec in specs], jnp.int32))
+        for i, tier in enumerate(cache.tiers)
+    )
+    return dataclasses.replace(cache, tiers=tiers, window_limit=jnp.array([s.window for s in specs], jnp.int32))
+
+
+def localise(spec: LayerSpec, sliding_window: int, max_len: int, head_dim: int) -> LayerSpec:
+    """Fit a spec to a layer whose queries see only `sliding_window` tokens.
+
+    The cache then never occupies more than the exact ring of that window: an evicting spec that is larger, or a
+    compressed one that would not pay, becomes that ring; a compressed one is cut to the window.
+    """
+    window = min(sliding_window, max_len)
+    ring = LayerSpec(window=window, sliding_window=sliding_window)
+    if spec.policy.fifo and spec.rungs:
+        spec = _cut(spec, window)
+    if spec.max_tokens > window + 2 * spec.block_size or _bits(spec, head_dim) >= _bits(ring, head_dim):
+        return ring
+    return dataclasses.replace(spec, sliding_window=sliding_window)
+
+
+def _cut(spec: LayerSpec, num_tokens: int) -> LayerSpec:
+    """Drop capacity that no query can reach: the rungs hold what the window does not, in whole blocks."""
+    left, rungs = num_tokens - spec.window, []
+    for rung in spec.rungs:
+        capacity = min(rung.capacity, -(-left // spec.block_size) * spec.block_size)
+        if capacity <= 0:
+            break
+        rungs.append(dataclasses.replace(rung, capacity=capacity))
+        left -= capacity
+    return dataclasses.replace(spec, rungs=tuple(rungs)) if rungs else LayerSpec(window=num_tokens)
+
+
+def _bits(spec: LayerSpec, head_dim: int) -> int:
+    """Allocated bits a row and head with 16-bit exact tokens."""
+    bound = spec.bind(jnp.bfloat16)
+    rungs = sum(c.nbits(r.capacity, head_dim) for r in bound.rungs for c in (r.k, r.v))
+    return rungs + (spec.window_slots + spec.policy.num_sinks) * 2 * head_dim * 16

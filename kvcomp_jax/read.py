@@ -1,0 +1,157 @@
+"""Reading a cache: attention over sinks, window and rungs, merged; one decode step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvcomp_jax.attention import (
+    AttnState,
+    finalize,
+    from_logits,
+    group_queries,
+    lse,
+    merge_all,
+    scaled,
+    ungroup_queries,
+)
+from kvcomp_jax.cache import Exact, LayerCache, append, check_fits, positions, sink_pos, window_pos
+from kvcomp_jax.codecs import Identity
+from kvcomp_jax.tiers import Queries, Tier, attend_tier, logits_of, mix_of, tier_pos, visible
+from pallas_kernels.prefill import MASK_VALUE
+
+
+def decode(
+    cache: LayerCache,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    length: jax.Array | None = None,
+    *,
+    sm_scale: float | None = None,
+    soft_cap: float | None = None,
+) -> tuple[jax.Array, LayerCache]:
+    """Append one or a few tokens to the window and attend to all that the cache holds.
+
+    Call `settle` every `cache.spec.block_size` tokens: the window has room for that many.
+
+    Args:
+      q: [B, T, H, D]; k, v: [B, T, K, D], 1 <= T <= block_size, keys already at their positions.
+      length: i32[B], real tokens of each row, the rest is padding; None = T. A row with 0 stays as it is.
+      sm_scale: Softmax scale, by default head_dim ** -0.5. soft_cap: Cap on logits (Gemma 2).
+
+    Returns:
+      out [B, T, H, D] in q's dtype, and the cache, of unchanged structure.
+
+    Raises:
+      ValueError: If shapes disagree with the cache, or T exceeds `block_size`.
+    """
+    check_fits(cache, q, k, v)
+    if q.shape[1] > cache.spec.block_size:
+        raise ValueError(
+            f"decode takes at most block_size={cache.spec.block_size} tokens a call, got T={q.shape[1]}; "
+            "open_prompt(cache, capacity, fresh=False) takes longer chunks."
+        )
+    queries = make_queries(cache, q, length, sm_scale, soft_cap)
+    state, cache = attend_held(append(cache, k, v, length), queries)
+    return output(state, q), cache
+
+
+def make_queries(
+    cache: LayerCache, q: jax.Array, length: jax.Array | None, sm_scale: float | None, soft_cap: float | None
+) -> Queries:
+    """Scale and group q [B, T, H, D], whose tokens stand right after those that `cache` has seen."""
+    num_kv_heads, num_tokens = cache.window.k.shape[1], q.shape[1]
+    grouped = group_queries(scaled(q, sm_scale), num_kv_heads)
+    groups = grouped.shape[2]
+    real = None
+    if length is not None:
+        real = jnp.tile(jnp.arange(num_tokens)[None] < length[:, None], (1, groups))
+    return Queries(
+        q=grouped.reshape(*grouped.shape[:2], -1, q.shape[-1]),
+        pos=jnp.tile(positions(cache, num_tokens), (1, groups)),
+        real=real,
+        soft_cap=soft_cap,
+        sliding_window=cache.spec.sliding_window,
+    )
+
+
+def output(state: AttnState, q: jax.Array) -> jax.Array:
+    """Normalise a state over grouped queries and bring it to the shape and dtype of q [B, T, H, D]."""
+    batch, num_tokens, _, head_dim = q.shape
+    out = finalize(state)
+    out = out.reshape(batch, out.shape[1], -1, num_tokens, head_dim)
+    return ungroup_queries(out).astype(q.dtype)
+
+
+def attend_held(
+    cache: LayerCache, queries: Queries, *, frozen: bool = False, beside: AttnState | None = None
+) -> tuple[AttnState, LayerCache]:
+    """Attend to all that the cache holds, and fold the mass into the statistics where the policy wants it.
+
+    Args:
+      cache: With the queries' own tokens appended, or not.
+      queries: See `make_queries`.
+      frozen: A ring without rungs drops a token `window_limit` positions after it. True: measured from the newest
+        token in the cache, for queries whose tokens stand elsewhere; False: from each query.
+      beside: State over tokens that stand elsewhere, merged in.
+
+    Returns:
+      The merged state and the cache.
+    """
+    sinks = [] if cache.sinks is None else [_attend_exact(queries, cache.sinks, _sinks_live(cache, queries))]
+    window = _attend_exact(queries, cache.window, _window_live(cache, queries, frozen))
+    others = [state for state, _ in sinks] + ([] if beside is None else [beside])
+    num_sinks = cache.spec.policy.num_sinks
+    if not cache.spec.policy.needs_probs:
+        tiers = [attend_tier(queries, tier, num_sinks) for tier in cache.tiers]
+        return merge_all([window[0], *others, *tiers]), cache
+    tiers = [_attend_whole(queries, tier, num_sinks) for tier in cache.tiers]
+    state = merge_all([window[0], *others, *(state for state, _ in tiers)])
+    return state, _observe(cache, queries, state, window[1], [logits for _, logits in tiers])
+
+
+def _attend_exact(queries: Queries, exact: Exact, live: jax.Array) -> tuple[AttnState, jax.Array]:
+    rows = Identity()
+    pos = jnp.zeros(exact.k.shape[:3], jnp.int32)
+    return from_logits(logits_of(queries, rows, exact.k, pos), live, mix_of(rows, exact.v, pos))
+
+
+def _attend_whole(queries: Queries, tier: Tier, num_sinks: int) -> tuple[AttnState, jax.Array]:
+    """Attend to a tier at once and keep its logits."""
+    pos = tier_pos(tier, num_sinks)
+    logits = logits_of(queries, tier.k_codec, tier.k, pos)
+    return from_logits(logits, visible(queries, pos), mix_of(tier.v_codec, tier.v, pos))
+
+
+def _sinks_live(cache: LayerCache, queries: Queries) -> jax.Array:
+    return visible(queries, sink_pos(cache))
+
+
+def _window_live(cache: LayerCache, queries: Queries, frozen: bool) -> jax.Array:
+    pos = window_pos(cache)
+    live = visible(queries, pos)
+    if cache.spec.rungs:
+        return live
+    newest = cache.length[:, None] - 1 if frozen else queries.pos
+    return live & (pos[:, :, None, :] > (newest - cache.window_limit[:, None])[:, None, :, None])
+
+
+def _observe(
+    cache: LayerCache, queries: Queries, state: AttnState, window: jax.Array, tiers: list[jax.Array]
+) -> LayerCache:
+    """Update the statistics of window and tiers from their masked logits f32[B, K, R, S]."""
+    policy, total = cache.spec.policy, lse(state)[..., None]
+
+    def mass(logits: jax.Array) -> jax.Array:
+        live = logits > MASK_VALUE / 2
+        if queries.real is not None:
+            live = live & queries.real[:, None, :, None]
+        return jnp.where(live, jnp.exp(logits - total), 0.0).sum(2)
+
+    stat = policy.observe(cache.window.stat, mass(window), window_pos(cache))
+    new_tiers = tuple(
+        dataclasses.replace(tier, stat=policy.observe(tier.stat, mass(logits), tier_pos(tier, policy.num_sinks)))
+        for tier, logits in zip(cache.tiers, tiers, strict=True)
+    )
+    return dataclasses.replace(cache, window=dataclasses.replace(cache.window, stat=stat), tiers=new_tiers)

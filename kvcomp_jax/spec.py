@@ -1,0 +1,99 @@
+"""What a layer's cache is, before it holds anything: static, hashable, no arrays."""
+
+import dataclasses
+import math
+
+from kvcomp_jax.codecs import Codec, Identity
+from kvcomp_jax.policies import Policy, Recency
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """One storage form of the ladder: a codec for K, one for V, and slots a row and KV head."""
+
+    k: Codec
+    v: Codec
+    capacity: int
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ValueError(f"capacity={self.capacity} of a rung must be at least 1 token.")
+
+    @property
+    def unit(self) -> int:
+        """Tokens that enter and leave together."""
+        return math.lcm(self.k.unit, self.v.unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """An exact window of recent tokens above a ladder of rungs.
+
+    Tokens leave the window `block_size` at a time, once it holds `window + block_size`, settle on the first rung and
+    are displaced downwards; what the last rung displaces is evicted. Without rungs the window is a plain ring of
+    `window` tokens. `policy.num_sinks` first tokens stay exact beside all this.
+
+    Attributes:
+      rungs: From best to worst.
+      policy: Ranks tokens on the rungs.
+      window: Most recent tokens kept exact, at least.
+      block_size: Tokens that settle together; `settle` is due after this many decode steps, and one `decode` call
+        takes no more tokens than this.
+      sliding_window: Tokens that a query of this layer may see, itself included (a property of the model).
+    """
+
+    rungs: tuple[Rung, ...] = ()
+    policy: Policy = Recency()
+    window: int = 0
+    block_size: int = 1
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window < 0 or self.block_size < 1:
+            raise ValueError(f"window={self.window} must be >= 0 and block_size={self.block_size} >= 1.")
+        if not self.rungs and (self.window < 1 or not self.policy.fifo):
+            raise ValueError("a LayerSpec without rungs needs window >= 1 and a policy that goes by age (Recency).")
+        for rung in self.rungs:
+            unit = self.block_size if self.policy.fifo else rung.unit
+            if rung.capacity % unit:
+                raise ValueError(f"capacity={rung.capacity} of a rung must be a multiple of {unit} tokens.")
+
+    @property
+    def window_slots(self) -> int:
+        """Slots of the window's ring: room for a block that waits to settle and for one block of steps."""
+        return self.window + (2 * self.block_size - 1 if self.rungs else self.block_size - 1)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens a row holds at most right after `settle`, sinks included."""
+        slack = self.block_size - 1 if self.rungs else 0
+        return self.policy.num_sinks + self.window + slack + sum(r.capacity for r in self.rungs)
+
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError if a codec cannot store blocks of this spec with rows of `head_dim`."""
+        for rung in self.rungs:
+            block = self.block_size if self.policy.fifo else math.lcm(self.block_size, rung.unit)
+            for codec in (rung.k, rung.v):
+                codec.check(head_dim, block)
+            if self.block_size % rung.unit:
+                raise ValueError(
+                    f"block_size={self.block_size} must be a multiple of {rung.unit}, "
+                    "the tokens that its rungs' codecs encode together."
+                )
+
+    def bind(self, dtype) -> "LayerSpec":
+        """Return this spec with its codecs bound to the dtype of exact tokens."""
+        rungs = tuple(dataclasses.replace(r, k=r.k.bind(dtype), v=r.v.bind(dtype)) for r in self.rungs)
+        return dataclasses.replace(self, rungs=rungs)
+
+
+def exact_rung(capacity: int) -> Rung:
+    """A rung that stores rows as they are."""
+    return Rung(Identity(), Identity(), capacity)
+
+
+def blocks(num_tokens: int, block_size: int) -> int:
+    """Slots that hold all whole blocks among `num_tokens` tokens, at least one block."""
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size} must be at least 1 token.")
+    return max(num_tokens // block_size, 1) * block_size

@@ -1,0 +1,135 @@
+"""A rung at run time: packed rows of K and V, where they stand in the text, and how they are read and replaced."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kvcomp_jax.attention import AttnState, from_logits, merge, unit
+from kvcomp_jax.codecs import Codec, Encoded, Identity
+from kvcomp_jax.spec import LayerSpec, Rung
+from kvcomp_jax.types import pytree, static
+from pallas_kernels.prefill.reference import capped
+
+READ_BLOCK = 512  # tokens decoded at a time, so that a decoded block is used while it is in cache
+
+
+@pytree
+class Queries:
+    """What a read needs to know of the queries."""
+
+    q: jax.Array  # f32[B, K, R, D], scaled; R = G * T, group major
+    pos: jax.Array  # i32[B, R], text positions
+    real: jax.Array | None = None  # bool[B, R], False = padding; None = all real
+    soft_cap: float | None = static(default=None)
+    sliding_window: int | None = static(default=None)
+
+
+@pytree
+class Tier:
+    """One rung's tokens. Encoded arrays are [B, K, rows, ...] with rows proportional to slots."""
+
+    k_codec: Codec
+    v_codec: Codec
+    k: Encoded
+    v: Encoded
+    pos: jax.Array | None  # i32[B, K or 1, S], -1 = empty; None when positions follow from `entered`
+    stat: jax.Array | None  # f32[B, K, S]
+    entered: jax.Array  # i32[B], tokens that ever arrived
+    limit: jax.Array  # i32[B], slots that this row may use, <= capacity
+    capacity: int = static()
+    unit: int = static()
+
+
+def init_tier(rung: Rung, spec: LayerSpec, batch: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Tier:
+    """Return an empty tier."""
+    rows = jnp.zeros((batch, num_kv_heads, rung.capacity, head_dim), dtype)
+    slots = (batch, num_kv_heads, rung.capacity)
+    everywhere = jnp.zeros(slots, jnp.int32)
+    return Tier(
+        k_codec=rung.k,
+        v_codec=rung.v,
+        k=rung.k.encode(rows, everywhere),
+        v=rung.v.encode(rows, everywhere),
+        pos=None if spec.policy.fifo else jnp.full(slots, -1, jnp.int32),
+        stat=jnp.zeros(slots) if spec.policy.needs_probs else None,
+        entered=jnp.zeros(batch, jnp.int32),
+        limit=jnp.full(batch, rung.capacity, jnp.int32),
+        capacity=rung.capacity,
+        unit=rung.unit,
+    )
+
+
+def ring_index(written: jax.Array, size: jax.Array | int, num_slots: int) -> jax.Array:
+    """Which of the items 0 .. written-1 (i32[B]) each slot of a ring of `size` holds: i32[B, S], negative if none.
+
+    Item i goes to slot i % size; slots at or beyond `size` hold nothing.
+    """
+    size = jnp.broadcast_to(jnp.asarray(size, jnp.int32), written.shape)
+    lap = written - written % jnp.maximum(size, 1)  # first item of the lap being written
+    slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
+    index = slot + lap[:, None]
+    index = jnp.where(index < written[:, None], index, index - size[:, None])
+    return jnp.where(slot < size[:, None], index, -1)
+
+
+def tier_pos(tier: Tier, num_sinks: int) -> jax.Array:
+    """Text position of every slot, i32[B, K or 1, S], -1 where empty."""
+    if tier.pos is not None:
+        return tier.pos
+    index = ring_index(tier.entered, tier.limit, tier.capacity)
+    return jnp.where(index >= 0, index + num_sinks, -1)[:, None]
+
+
+def visible(queries: Queries, pos: jax.Array) -> jax.Array:
+    """Which slots each query sees: bool[B, K or 1, R, S] from pos i32[B, K or 1, S]."""
+    q_pos, pos = queries.pos[:, None, :, None], pos[:, :, None, :]
+    live = (pos >= 0) & (pos <= q_pos)
+    return live if queries.sliding_window is None else live & (pos > q_pos - queries.sliding_window)
+
+
+def logits_of(queries: Queries, codec: Codec, k: Encoded, pos: jax.Array) -> jax.Array:
+    """Capped logits of encoded keys, f32[B, K, R, S], for pos i32[B, K or 1, S]."""
+    every_head = jnp.broadcast_to(pos, (*queries.q.shape[:2], pos.shape[-1]))
+    return capped(codec.dot(queries.q, k, every_head), queries.soft_cap)
+
+
+def mix_of(codec: Codec, v: Encoded, pos: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Return p -> p . V for encoded values."""
+    return lambda p: codec.mix(p, v, jnp.broadcast_to(pos, (*p.shape[:2], pos.shape[-1])))
+
+
+def attend_tier(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
+    """Attend to a tier; compressed rows are decoded a block at a time and never all at once."""
+    pos = tier_pos(tier, num_sinks)
+    step = tier.unit * max(READ_BLOCK // tier.unit, 1)
+    if _is_exact(tier) or tier.capacity <= step:
+        logits = logits_of(queries, tier.k_codec, tier.k, pos)
+        return from_logits(logits, visible(queries, pos), mix_of(tier.v_codec, tier.v, pos))[0]
+    filled = jnp.minimum(tier.entered, tier.limit).max() if tier.pos is None else tier.limit.max()
+
+    def body(j: jax.Array, state: AttnState) -> AttnState:
+        first = jnp.minimum(j * step, tier.capacity - step)
+        k, v = (_slice_rows(x, first, step, tier.capacity) for x in (tier.k, tier.v))
+        slots = first + jnp.arange(step)
+        here = lax.dynamic_slice_in_dim(pos, first, step, 2)
+        here = jnp.where((slots >= j * step)[None, None], here, -1)  # the last block may reach back
+        logits = logits_of(queries, tier.k_codec, k, here)
+        return merge(state, from_logits(logits, visible(queries, here), mix_of(tier.v_codec, v, here))[0])
+
+    return lax.fori_loop(0, (filled + step - 1) // step, body, unit(queries.q.shape))
+
+
+def _is_exact(tier: Tier) -> bool:
+    return isinstance(tier.k_codec, Identity) and isinstance(tier.v_codec, Identity)
+
+
+def _slice_rows(enc: Encoded, first: jax.Array, num_tokens: int, capacity: int) -> Encoded:
+    """Rows of tokens first .. first + num_tokens of an encoding of `capacity` tokens."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, first * x.shape[2] // capacity, num_tokens * x.shape[2] // capacity, 2)
+
+    return jax.tree.map(cut, enc)
