@@ -2,12 +2,12 @@
 
 from kvcomp_jax.accounting import Bytes, forecast, live_tokens, nbytes
 from kvcomp_jax.attention import AttnState, causal_attention, finalize, lse, merge, psum_merge
-from kvcomp_jax.cache import LayerCache, init, positions, settle
+from kvcomp_jax.cache import LayerCache, init, settle
 from kvcomp_jax.codecs import Affine, Codec, Identity
 from kvcomp_jax.methods import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.plan import CachePlan, Layout
 from kvcomp_jax.policies import HeavyHitter, Policy, Recency
-from kvcomp_jax.prompt import PromptCache, attend, close_prompt, open_prompt, prefill
+from kvcomp_jax.prompt import PromptCache, attend, close_prompt, open_prompt, positions, prefill
 from kvcomp_jax.read import decode
 from kvcomp_jax.rows import free_row, insert_row
 from kvcomp_jax.spec import LayerSpec, Rung

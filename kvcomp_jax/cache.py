@@ -67,9 +67,9 @@ def init(spec: LayerSpec, *, batch: int, num_kv_heads: int, head_dim: int, dtype
     )
 
 
-def positions(cache: LayerCache, num_tokens: int) -> jax.Array:
-    """Text positions of the next `num_tokens` tokens of every row, i32[B, T]."""
-    return cache.length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
+def next_positions(length: jax.Array, num_tokens: int) -> jax.Array:
+    """Positions i32[B, T] of the tokens that follow `length` i32[B] ones."""
+    return length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
 
 
 def settle(cache: LayerCache) -> LayerCache:

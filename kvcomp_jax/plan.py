@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 
 from kvcomp_jax.cache import LayerCache, init
-from kvcomp_jax.spec import LayerSpec
+from kvcomp_jax.spec import LayerSpec, Rung
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,18 @@ def _limited(cache: LayerCache, specs: list[LayerSpec]) -> LayerCache:
         for i, tier in enumerate(cache.tiers)
     )
     return dataclasses.replace(cache, tiers=tiers, window_limit=jnp.array([s.window for s in specs], jnp.int32))
+
+
+def clip(spec: LayerSpec, max_len: int) -> LayerSpec:
+    """Drop slots that rows of at most `max_len` tokens never fill."""
+
+    def fit(rung: Rung) -> Rung:
+        step = spec.block_size if spec.policy.fifo else rung.unit
+        return dataclasses.replace(rung, capacity=min(rung.capacity, -(-max_len // step) * step))
+
+    return dataclasses.replace(
+        spec, window=min(spec.window, max_len), rungs=tuple(fit(rung) for rung in spec.rungs)
+    )
 
 
 def localise(spec: LayerSpec, sliding_window: int, max_len: int, head_dim: int) -> LayerSpec:

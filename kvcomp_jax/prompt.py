@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kvcomp_jax.attention import AttnState, group_queries, lse, merge, scaled
-from kvcomp_jax.cache import Exact, LayerCache, check_fits, settle
+from kvcomp_jax.attention import AttnState, group_queries, lse, scaled
+from kvcomp_jax.cache import Exact, LayerCache, check_fits, next_positions, settle
 from kvcomp_jax.fill import fill, overlay
 from kvcomp_jax.read import attend_held, decode, make_queries, output
 from kvcomp_jax.types import pytree, static
@@ -147,6 +147,12 @@ def extend(
         staged = dataclasses.replace(staged, stat=policy.observe(staged.stat, received, pos))
     prompt = dataclasses.replace(prompt, base=base, staged=staged, filled=prompt.filled + length)
     return output(state, q), close_prompt(prompt) if prompt.final else prompt
+
+
+def positions(cache: LayerCache | PromptCache, num_tokens: int) -> jax.Array:
+    """Text positions of the next `num_tokens` tokens of every row, i32[B, T]."""
+    seen = cache.base.length + cache.filled if isinstance(cache, PromptCache) else cache.length
+    return next_positions(seen, num_tokens)
 
 
 def _stage(prompt: PromptCache, k: jax.Array, v: jax.Array) -> Exact:

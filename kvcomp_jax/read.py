@@ -15,7 +15,7 @@ from kvcomp_jax.attention import (
     scaled,
     ungroup_queries,
 )
-from kvcomp_jax.cache import Exact, LayerCache, append, check_fits, positions, sink_pos, window_pos
+from kvcomp_jax.cache import Exact, LayerCache, append, check_fits, next_positions, sink_pos, window_pos
 from kvcomp_jax.codecs import Identity
 from kvcomp_jax.tiers import Queries, Tier, attend_tier, logits_of, mix_of, tier_pos, visible
 from pallas_kernels.prefill import MASK_VALUE
@@ -69,7 +69,7 @@ def make_queries(
         real = jnp.tile(jnp.arange(num_tokens)[None] < length[:, None], (1, groups))
     return Queries(
         q=grouped.reshape(*grouped.shape[:2], -1, q.shape[-1]),
-        pos=jnp.tile(positions(cache, num_tokens), (1, groups)),
+        pos=jnp.tile(next_positions(cache.length, num_tokens), (1, groups)),
         real=real,
         soft_cap=soft_cap,
         sliding_window=cache.spec.sliding_window,

@@ -24,6 +24,5 @@ def h2o(
     heavy = tokens - num_sinks - window
     if heavy < 1 or window < 0:
         raise ValueError(f"budget={tokens} tokens must exceed num_sinks={num_sinks} + recent={window}.")
-    window, heavy = min(window, context.max_len), min(heavy, context.max_len)
     policy = HeavyHitter(num_sinks=num_sinks)
     return LayerSpec(rungs=(exact_rung(heavy),), policy=policy, window=window, block_size=block_size)

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
-from kvcomp_jax.plan import CachePlan, Layout, localise
+from kvcomp_jax.plan import CachePlan, Layout, clip, localise
 from kvcomp_jax.spec import LayerSpec
 
 Axis = Literal["none", "quantise", "select"]
@@ -115,7 +115,7 @@ class Method:
         context = Context(layout, max_len, prompt_len)
         try:
             specs = [METHODS[name].build(context, **dict(options)) for name, options in self.parts]
-            spec = specs[0] if len(specs) == 1 else _compose(self, specs)
+            spec = clip(specs[0] if len(specs) == 1 else _compose(self, specs), max_len)
             spec.check(layout.head_dim)
         except ValueError as error:
             raise ValueError(f"{self}: {error}") from error

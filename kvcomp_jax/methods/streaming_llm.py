@@ -15,5 +15,4 @@ def streaming_llm(context: Context, *, budget: int | float = 512, num_sinks: int
     tokens = context.tokens(budget)
     if tokens <= num_sinks:
         raise ValueError(f"budget={tokens} tokens must exceed num_sinks={num_sinks}.")
-    window = max(min(tokens, context.max_len) - num_sinks, 1)
-    return LayerSpec(policy=Recency(num_sinks=num_sinks), window=window)
+    return LayerSpec(policy=Recency(num_sinks=num_sinks), window=tokens - num_sinks)

@@ -1,0 +1,18 @@
+"""Flax transformers that carry a compressed cache; checkpoints in and out; generation."""
+
+from models.config import ConfigError, ModelConfig
+from models.errors import CheckpointError
+from models.language_model import LanguageModel, load, load_config
+from models.tokenizer import Tokenizer
+from models.transformer import Transformer
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "LanguageModel",
+    "ModelConfig",
+    "Tokenizer",
+    "Transformer",
+    "load",
+    "load_config",
+]

@@ -1,0 +1,139 @@
+"""The pieces of a transformer: linear maps, norms, embeddings, attention, MLP."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+import kvcomp_jax as kvc
+from models.config import ModelConfig
+from models.rope import rotate
+
+Cache = Any  # kvc.LayerCache | kvc.PromptCache | None
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+}
+
+
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., M] times weight [N, M] transposed, accumulated in float32, in x's dtype.
+
+    Weights keep the checkpoint's [out, in] orientation: for one token on CPU the product takes 20 ms a step of a
+    135M-parameter model, against 27 ms with [in, out].
+    """
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(x, weight.astype(x.dtype), contract, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """Affine map with weight [out, in]."""
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., M] -> [..., features]."""
+        weight = self.param("weight", _init(), (self.features, x.shape[-1]))
+        x = matmul(x, weight)
+        if not self.use_bias:
+            return x
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return x + bias.astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1)
+
+
+class Norm(nn.Module):
+    """RMS norm (optionally with 1 + weight) or layer norm, in float32."""
+
+    kind: str
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., M] -> [..., M]."""
+        start = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
+        weight = self.param("weight", start, (x.shape[-1],)).astype(jnp.float32)
+        ones = (1,) * (x.ndim - 1)
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        y = y * (weight + (self.kind == "rms_plus_one")).reshape(*ones, -1)
+        if self.kind == "layer":
+            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32).reshape(*ones, -1)
+        return y.astype(x.dtype)
+
+
+class Table(nn.Module):
+    """Rows looked up by id, or multiplied as the output head."""
+
+    rows: int
+    features: int
+
+    def setup(self) -> None:
+        """Declare the table."""
+        self.weight = self.param("weight", _init(), (self.rows, self.features))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """i32[B, T] -> [B, T, features]."""
+        return self.weight[ids]
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """[..., features] -> [..., rows]."""
+        return matmul(x, self.weight)
+
+
+class Attention(nn.Module):
+    """Projections, norms and rotations of q, k, v around one call to the cache."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array] | None,
+        cache: Cache,
+        length: jax.Array | None,
+    ) -> tuple[jax.Array, Cache]:
+        """[B, T, M] -> [B, T, M] and the cache with these tokens in it."""
+        c = self.config
+        q = Linear(c.num_heads * c.head_dim, c.qkv_bias, name="q_proj")(x)
+        k = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias, name="k_proj")(x)
+        v = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias, name="v_proj")(x)
+        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in (q, k, v))
+        if c.qk_norm:
+            q, k = Norm(c.norm, c.norm_eps, name="q_norm")(q), Norm(c.norm, c.norm_eps, name="k_norm")(k)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        scale = {"sm_scale": c.sm_scale, "soft_cap": c.attn_soft_cap}
+        if cache is None:
+            out = kvc.causal_attention(q, k, v, **scale, sliding_window=c.sliding_windows[self.layer])
+        else:
+            out, cache = kvc.attend(cache, q, k, v, length, **scale)
+        return Linear(c.model_dim, c.o_bias, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
+
+
+class MLP(nn.Module):
+    """Two maps with an activation between, gated or not."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, M] -> [B, T, M]."""
+        c = self.config
+        act = _ACTIVATIONS[c.activation]
+        up = Linear(c.ffn_dim, c.mlp_bias, name="up_proj")(x)
+        h = act(Linear(c.ffn_dim, c.mlp_bias, name="gate_proj")(x)) * up if c.gated_mlp else act(up)
+        return Linear(c.model_dim, c.mlp_bias, name="down_proj")(h)
+
+
+def _init() -> Any:
+    return nn.initializers.normal(0.02)

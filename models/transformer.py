@@ -1,0 +1,122 @@
+"""One decoder-only transformer for every family, by configuration."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+import kvcomp_jax as kvc
+from models.config import ModelConfig
+from models.layers import MLP, Attention, Cache, Norm, Table
+from models.rope import RopeConfig, angles
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with its norms and residual."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, rotation: Any, cache: Cache, length: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
+        """[B, T, M] -> [B, T, M] and the cache."""
+        c = self.config
+
+        def norm(name: str) -> Norm:
+            return Norm(c.norm, c.norm_eps, name=name)
+
+        h, cache = Attention(c, self.layer, name="attn")(norm("input_norm")(x), rotation, cache, length)
+        x = x + (norm("post_attn_norm")(h) if c.post_norms else h)
+        h = MLP(c, name="mlp")(norm("mlp_norm")(x))
+        return x + (norm("post_mlp_norm")(h) if c.post_norms else h), cache
+
+
+class Transformer(nn.Module):
+    """Tokens to logits, with or without caches. Layers are unrolled: on CPU a scan over stacked weights is 3x slower."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        caches: tuple[Cache, ...] | None = None,
+        length: jax.Array | None = None,
+        *,
+        logits: Literal["all", "last", "none"] = "all",
+        rope_len: jax.Array | None = None,
+    ) -> tuple[jax.Array | None, tuple[Cache, ...] | None]:
+        """Compute logits of `tokens` and put them into the caches.
+
+        Args:
+          tokens: i32[B, T], right padded.
+          caches: One a layer, all `PromptCache` or all `LayerCache`; None attends within `tokens` alone.
+          length: i32[B], real tokens of each row; None = T.
+          logits: "all" [B, T, V]; "last" [B, V], of each row's last real token; "none".
+          rope_len: i32[B], text length that dynamic and longrope frequencies go by; by default that of the text up to
+            the last of `tokens`. Keys in a cache keep the frequencies they were rotated with.
+
+        Returns:
+          float32 logits or None, and the caches.
+
+        Raises:
+          ValueError: If `caches` has not one entry a layer.
+        """
+        c = self.config
+        if caches is not None and len(caches) != c.num_layers:
+            raise ValueError(f"got {len(caches)} caches for a model of {c.num_layers} layers.")
+        pos = _positions(tokens, caches)
+        embed = Table(c.vocab_size, c.model_dim, name="embed_tokens")
+        x = embed(tokens).astype(self.dtype) * jnp.asarray(c.embed_scale, self.dtype)
+        if c.positions == "learned":
+            table = Table(c.max_positions + c.position_offset, c.model_dim, name="embed_positions")
+            x = x + table(pos + c.position_offset).astype(self.dtype)
+        rotations = self._rotations(pos, rope_len if rope_len is not None else _text_len(pos, length))
+        out = []
+        for i in range(c.num_layers):
+            rotation = rotations.get(c.ropes[i]) if c.ropes else None
+            x, cache = Block(c, i, name=f"layers_{i}")(x, rotation, caches[i] if caches is not None else None, length)
+            out.append(cache)
+        x = Norm(c.norm, c.norm_eps, name="final_norm")(x)
+        if logits == "last":
+            x = x[:, -1] if length is None else _last_real(x, length)
+        head = embed if c.tie_embeddings else Table(c.vocab_size, c.model_dim, name="lm_head")
+        held = None if caches is None else tuple(out)
+        if logits == "none":
+            return None, held
+        y = head.attend(x).astype(jnp.float32)
+        if c.logit_soft_cap is not None:
+            y = c.logit_soft_cap * jnp.tanh(y / c.logit_soft_cap)
+        return y, held
+
+    def _rotations(self, pos: jax.Array, seq_len: jax.Array) -> dict[RopeConfig, tuple[jax.Array, jax.Array]]:
+        """Cosines and sines, once for each distinct rope."""
+        return {rope: angles(rope, pos, seq_len) for rope in dict.fromkeys(self.config.ropes)}
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Any:
+    """Random float32 parameters, for tests and experiments."""
+    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))
+
+
+def param_shapes(config: ModelConfig) -> Any:
+    """The parameter tree as shapes, without making any."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def _positions(tokens: jax.Array, caches: tuple[Cache, ...] | None) -> jax.Array:
+    if caches is not None:
+        return kvc.positions(caches[0], tokens.shape[1])
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+
+
+def _text_len(pos: jax.Array, length: jax.Array | None) -> jax.Array:
+    return pos[:, -1] + 1 if length is None else pos[:, 0] + length
+
+
+def _last_real(x: jax.Array, length: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, jnp.maximum(length - 1, 0)[:, None, None], 1)[:, 0]

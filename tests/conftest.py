@@ -1,0 +1,12 @@
+"""Strict JAX, several CPU devices, few and deterministic hypothesis examples."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+import jax
+from hypothesis import settings
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+settings.register_profile("few", max_examples=5, deadline=None, derandomize=True, database=None)
+settings.load_profile("few")

@@ -1,0 +1,70 @@
+"""The registered parts that every law runs over, and how inputs are drawn."""
+
+import jax.numpy as jnp
+import numpy as np
+
+import kvcomp_jax as kvc
+from kvcomp_jax.codecs import Affine, Identity
+
+HEAD_DIM = 64
+
+CODECS = [
+    Identity(),
+    *(Affine(bits=b, axis="token", group_size=32) for b in (2, 3, 4, 8)),
+    *(Affine(bits=b, axis="channel", group_size=32) for b in (2, 3, 4, 8)),
+    Affine(bits=8, axis="token", symmetric=True),
+    Affine(bits=4, axis="token"),
+    Affine(bits=4, axis="channel", group_size=64, symmetric=True),
+    Affine(bits=2, axis="channel", group_size=32, metadata_dtype="float32"),
+]
+
+METHODS = [
+    "full:block_size=16",
+    "int8:block_size=16",
+    "int4:block_size=16,window=8,num_sinks=3",
+    "kivi:bits=2,residual=32",
+    "kivi:k_bits=4,v_bits=3,residual=64",
+    "streaming_llm:budget=40",
+    "streaming_llm:budget=0.5",
+    "h2o:budget=40",
+    "h2o:budget=0.5,num_sinks=2",
+    "h2o:budget=64,block_size=4",
+    "h2o:budget=90+int4",
+    "streaming_llm:budget=100+kivi:bits=4",
+]
+
+HEADS = [(4, 4), (6, 2), (3, 1)]  # multi-head, grouped-query, multi-query
+
+
+def normal(seed: int, *shape: int, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def qkv(seed: int, batch: int, tokens: int, heads=(4, 2), head_dim: int = HEAD_DIM, dtype=jnp.float32):
+    """q [B, T, H, D], k, v [B, T, K, D]."""
+    return (
+        normal(seed, batch, tokens, heads[0], head_dim, dtype=dtype),
+        normal(seed + 1, batch, tokens, heads[1], head_dim, dtype=dtype),
+        normal(seed + 2, batch, tokens, heads[1], head_dim, dtype=dtype),
+    )
+
+
+def make(text: str, *, batch: int, num_kv_heads: int, max_len: int, prompt_lens=None, dtype=jnp.float32, window=None):
+    """Return the cache of one layer for a method in textual form."""
+    layout = kvc.Layout(
+        num_layers=1, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, sliding_windows=(window,) if window else ()
+    )
+    longest = max(prompt_lens) if prompt_lens else max_len
+    plan = kvc.parse(text).plan(layout, max_len=max_len, prompt_len=longest)
+    return plan.init(batch=batch, dtype=dtype, prompt_lens=prompt_lens)[0]
+
+
+def decode_many(cache, q, k, v, step=kvc.decode, settle=kvc.settle):
+    """Feed tokens one by one, settling when due; return outputs [B, T, H, D] and the cache."""
+    outs = []
+    for t in range(q.shape[1]):
+        out, cache = step(cache, q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1])
+        outs.append(out)
+        if (t + 1) % cache.spec.block_size == 0:
+            cache = settle(cache)
+    return jnp.concatenate(outs, 1), cache

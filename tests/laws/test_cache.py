@@ -1,0 +1,328 @@
+"""Laws 4, 5, 6 and 8, over every registered method."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvcomp_jax as kvc
+from tests.laws.parts import HEAD_DIM, HEADS, METHODS, decode_many, make, qkv
+
+LENGTHS = [70, 33, 1, 5]
+STEPS = 40
+
+
+def lengths_for(text):
+    """Prompts down to a single token, but not shorter than a fractional budget's sinks."""
+    return [70, 33, 20, 12] if "0.5" in text else LENGTHS
+
+
+def run(text, q, k, v, lengths, *, steps=STEPS, heads=(4, 2), window=None, dtype=jnp.float32, jit=True):
+    """Prefill `lengths` tokens a row, then decode the next `steps`; returns both outputs and the cache."""
+    prompt = max(lengths)
+    cache = make(
+        text, batch=len(lengths), num_kv_heads=heads[1], max_len=prompt + steps, prompt_lens=lengths, window=window, dtype=dtype
+    )
+    length = jnp.array(lengths)
+    wrap = jax.jit if jit else (lambda f: f)
+    out, cache = wrap(kvc.prefill)(cache, q[:, :prompt], k[:, :prompt], v[:, :prompt], length)
+    after_prompt = cache
+    at = length[:, None] + jnp.arange(steps)[None]
+    pick = lambda x: jnp.take_along_axis(x, at[..., None, None], 1)  # noqa: E731
+    decoded, cache = decode_many(cache, pick(q), pick(k), pick(v), wrap(kvc.decode), wrap(kvc.settle))
+    return out, decoded, cache, after_prompt
+
+
+def exact(q, k, v, window=None):
+    return kvc.causal_attention(q, k, v, sliding_window=window)
+
+
+EXACT = ["full:block_size=16", "full:block_size=64", "h2o:budget=200", "h2o:budget=200,block_size=8", "streaming_llm:budget=200"]
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("text", EXACT)
+def test_exact_ladders_equal_full_attention_while_capacity_suffices(text, heads):
+    q, k, v = qkv(0, 4, max(LENGTHS) + STEPS, heads)
+    whole = exact(q, k, v)
+    out, decoded, _, _ = run(text, q, k, v, LENGTHS, heads=heads)
+    for row, n in enumerate(LENGTHS):
+        chex.assert_trees_all_close(out[row, :n], whole[row, :n], atol=1e-5)
+        chex.assert_trees_all_close(decoded[row], whole[row, n : n + STEPS], atol=1e-5)
+
+
+def test_two_exact_rungs_lose_nothing_while_either_has_room():
+    for policy in (kvc.Recency(), kvc.Recency(num_sinks=3), kvc.HeavyHitter()):
+        spec = kvc.LayerSpec(
+            rungs=(kvc.Rung(kvc.Identity(), kvc.Identity(), 16), kvc.Rung(kvc.Identity(), kvc.Identity(), 96)),
+            policy=policy,
+            window=5,
+            block_size=8,
+        )
+        q, k, v = qkv(3, 2, 110)
+        cache = kvc.init(spec, batch=2, num_kv_heads=2, head_dim=HEAD_DIM, dtype=jnp.float32)
+        _, cache = kvc.prefill(cache, q[:, :60], k[:, :60], v[:, :60])
+        out, cache = decode_many(cache, q[:, 60:], k[:, 60:], v[:, 60:], jax.jit(kvc.decode), jax.jit(kvc.settle))
+        chex.assert_trees_all_close(out, exact(q, k, v)[:, 60:], atol=1e-5)
+        np.testing.assert_array_equal(kvc.live_tokens(cache), 110)
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_prefill_is_exact_whatever_is_compressed_afterwards(text):
+    q, k, v = qkv(1, 4, max(LENGTHS) + STEPS)
+    out, decoded, _, _ = run(text, q, k, v, lengths_for(text))
+    whole = exact(q, k, v)
+    for row, n in enumerate(lengths_for(text)):
+        chex.assert_trees_all_close(out[row, :n], whole[row, :n], atol=1e-5)
+    assert bool(jnp.isfinite(decoded).all())
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_ragged_rows_give_what_each_gives_alone(text):
+    q, k, v = qkv(2, 4, max(LENGTHS) + STEPS)
+    _, together, _, _ = run(text, q, k, v, lengths_for(text))
+    for row, n in enumerate(lengths_for(text)):
+        one = slice(row, row + 1)
+        _, alone, _, _ = run(text, q[one], k[one], v[one], [n])
+        chex.assert_trees_all_close(together[one], alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_replacing_one_row_changes_no_other(text):
+    q, k, v = qkv(4, 3, 100)
+    changed = [x.at[1].set(x[1] * -3.0 + 1.0) for x in (q, k, v)]
+    lengths = [60, 60, 31]
+    _, before, _, _ = run(text, q, k, v, lengths, steps=20)
+    _, after, _, _ = run(text, *changed, lengths, steps=20)
+    for row in (0, 2):
+        chex.assert_trees_all_close(before[row], after[row], rtol=1e-6, atol=1e-6)
+    assert not bool(jnp.allclose(before[1], after[1], atol=1e-3))
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_chunked_prompts_give_the_same_cache_as_one_pass(text):
+    lengths, chunk = lengths_for(text), 16
+    q, k, v = qkv(5, 4, 80)
+    _, _, _, whole = run(text, q, k, v, lengths, steps=10)
+    cache = make(text, batch=4, num_kv_heads=2, max_len=80, prompt_lens=lengths)
+    prompt, length, outs = kvc.open_prompt(cache, 80), jnp.array(lengths), []
+    for start in range(0, 80, chunk):
+        here = slice(start, start + chunk)
+        out, prompt = kvc.attend(prompt, q[:, here], k[:, here], v[:, here], jnp.clip(length - start, 0, chunk))
+        outs.append(out)
+    chunked = kvc.close_prompt(prompt)
+    assert jax.tree.structure(chunked) == jax.tree.structure(whole)
+    same_slots(chunked, whole)
+    out = jnp.concatenate(outs, 1)
+    for row, n in enumerate(lengths):
+        chex.assert_trees_all_close(out[row, :n], exact(q, k, v)[row, :n], atol=1e-5)
+
+
+def same_slots(a, b):
+    """Two caches answer the same: equal counters and positions, equal attention of random queries."""
+    np.testing.assert_array_equal(a.length, b.length)
+    np.testing.assert_array_equal(a.settled, b.settled)
+    for x, y in zip(a.tiers, b.tiers, strict=True):
+        np.testing.assert_array_equal(x.entered, y.entered)
+        if x.pos is not None:
+            np.testing.assert_array_equal(x.pos, y.pos)
+    q, k, v = qkv(77, a.length.shape[0], 1)
+    chex.assert_trees_all_close(kvc.decode(a, q, k, v)[0], kvc.decode(b, q, k, v)[0], atol=1e-5)
+
+
+BY_AGE = [m for m in METHODS if not m.startswith("h2o")]
+
+
+@pytest.mark.parametrize("text", [m for m in BY_AGE if "0.5" not in m])
+def test_prefill_then_decode_leaves_the_cache_of_a_longer_prefill(text):
+    """Codes are the same whether tokens came in the prompt or one by one."""
+    q, k, v = qkv(6, 2, 140)
+    short = make(text, batch=2, num_kv_heads=2, max_len=140)
+    _, short = kvc.prefill(short, q[:, :50], k[:, :50], v[:, :50])
+    _, short = decode_many(short, q[:, 50:], k[:, 50:], v[:, 50:], jax.jit(kvc.decode), jax.jit(kvc.settle))
+    size = short.spec.block_size
+    _, whole = kvc.prefill(make(text, batch=2, num_kv_heads=2, max_len=140), q, k, v)
+    for _ in range(3):  # a stream settles at most one block a call; let it catch up
+        short = kvc.settle(short)
+    if whole.spec.rungs:
+        assert int(jnp.abs(short.settled - whole.settled).max()) <= size
+    if bool((short.settled == whole.settled).all()):
+        same_slots(short, whole)
+        for x, y in zip(short.tiers, whole.tiers, strict=True):
+            chex.assert_trees_all_equal((x.k, x.v), (y.k, y.v))
+
+
+BUDGETED = [("streaming_llm:budget=40", 40), ("h2o:budget=40", 40), ("h2o:budget=40,num_sinks=3", 40), ("h2o:budget=0.5", 35)]
+
+
+@pytest.mark.parametrize(("text", "budget"), BUDGETED)
+def test_evicting_caches_hold_exactly_their_budget(text, budget):
+    q, k, v = qkv(7, 2, 110)
+    _, _, cache, after_prompt = run(text, q, k, v, [70, 70])
+    np.testing.assert_array_equal(kvc.live_tokens(after_prompt), budget)
+    np.testing.assert_array_equal(kvc.live_tokens(cache), budget)
+    assert_no_duplicates(cache)
+
+
+@pytest.mark.parametrize("text", ["h2o:budget=90+int4", "h2o:budget=64,block_size=4", "streaming_llm:budget=100+kivi:bits=4"])
+def test_block_wise_evicting_caches_never_exceed_their_budget(text):
+    q, k, v = qkv(8, 1, 260)
+    _, _, cache, after_prompt = run(text, q, k, v, [180], steps=80)
+    budget = int(text.split("=")[1].split("+")[0].split(",")[0])
+    slack = cache.spec.block_size
+    for held in (after_prompt, cache):
+        live = int(kvc.live_tokens(held)[0])
+        assert budget - 3 * slack <= live <= budget + slack - 1
+    assert_no_duplicates(cache)
+
+
+def assert_no_duplicates(cache):
+    from kvcomp_jax.cache import sink_pos, window_pos
+    from kvcomp_jax.tiers import tier_pos
+
+    heads = cache.window.k.shape[:2]
+    parts = [window_pos(cache), sink_pos(cache), *(tier_pos(t, cache.spec.policy.num_sinks) for t in cache.tiers)]
+    every = np.concatenate([np.broadcast_to(p, (*heads, p.shape[-1])) for p in parts], -1)
+    for row in every.reshape(-1, every.shape[-1]):
+        live = row[row >= 0]
+        assert len(live) == len(set(live.tolist()))
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_ten_steps_keep_the_structure_and_compile_once(text):
+    q, k, v = qkv(9, 2, 60)
+    cache = make(text, batch=2, num_kv_heads=2, max_len=80, prompt_lens=[50, 20])
+    _, cache = kvc.prefill(cache, q[:, :50], k[:, :50], v[:, :50], jnp.array([50, 20]))
+    step, settle = jax.jit(lambda *a: kvc.decode(*a)), jax.jit(lambda c: kvc.settle(c))
+    avals = jax.tree.map(jax.typeof, cache)
+    for t in range(50, 60):
+        _, cache = step(cache, q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1])
+        cache = settle(cache)
+        assert jax.tree.map(jax.typeof, cache) == avals
+    assert step._cache_size() == 1
+    assert settle._cache_size() == 1
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_rows_come_and_go_without_touching_others(text):
+    q, k, v = qkv(10, 3, 90)
+    lengths = [60, 25, 44]
+    many = make(text, batch=3, num_kv_heads=2, max_len=100, prompt_lens=[60, 60, 60])
+    ones = []
+    for row, n in enumerate(lengths):
+        one = make(text, batch=1, num_kv_heads=2, max_len=100, prompt_lens=[60])
+        _, one = kvc.prefill(one, q[row : row + 1, :n], k[row : row + 1, :n], v[row : row + 1, :n])
+        ones.append(one)
+        many = jax.jit(kvc.insert_row)(many, row, one)
+    many = jax.jit(kvc.free_row)(many, 1)
+    assert kvc.live_tokens(many)[1] == 0
+    many = kvc.insert_row(many, 1, ones[1])
+    step = (q[:, 60:61], k[:, 60:61], v[:, 60:61])
+    out, _ = kvc.decode(many, *step)
+    for row, one in enumerate(ones):
+        alone, _ = kvc.decode(one, *(x[row : row + 1] for x in step))
+        chex.assert_trees_all_close(out[row], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_rows_with_no_real_token_stay_as_they_are(text):
+    q, k, v = qkv(11, 2, 51)
+    cache = make(text, batch=2, num_kv_heads=2, max_len=80, prompt_lens=[50, 50])
+    _, cache = kvc.prefill(cache, q[:, :50], k[:, :50], v[:, :50])
+    _, after = kvc.decode(cache, q[:, 50:], k[:, 50:], v[:, 50:], jnp.array([1, 0]))
+    chex.assert_trees_all_equal(*(jax.tree.map(lambda x: x[1], c) for c in (cache, after)))
+
+
+@pytest.mark.parametrize("text", [*METHODS, "full:block_size=64"])
+@pytest.mark.parametrize("window", [16, 48])
+def test_sliding_window_layers_never_exceed_their_window(text, window):
+    q, k, v = qkv(12, 2, 110)
+    lengths = [70, 33]
+    _, decoded, cache, _ = run(text, q, k, v, lengths, window=window)
+    ring = 2 * 2 * 2 * window * HEAD_DIM * 4  # batch, k and v, heads
+    counters = 4 * 2 * (3 + 2 * len(cache.tiers))
+    assert kvc.nbytes(cache).allocated <= ring + counters
+    if text.startswith("full"):
+        whole = exact(q, k, v, window)
+        for row, n in enumerate(lengths):
+            chex.assert_trees_all_close(decoded[row], whole[row, n : n + STEPS], atol=1e-5)
+
+
+def test_long_compressed_sliding_windows_see_all_of_their_window():
+    """A compressed ladder cut to the window holds every token that a query may see."""
+    from kvcomp_jax.plan import localise
+
+    spec = kvc.parse("kivi:bits=2,residual=32").spec(max_len=2000, head_dim=HEAD_DIM)
+    local = localise(spec, 512, 2000, HEAD_DIM)
+    assert len(local.rungs) == 2
+    held = local.window + sum(r.capacity for r in local.rungs)
+    assert held >= 512
+    q, k, v = qkv(13, 1, 1500)
+    sharp = kvc.LayerSpec(
+        rungs=tuple(kvc.Rung(kvc.Identity(), kvc.Identity(), r.capacity) for r in local.rungs),
+        block_size=local.block_size,
+        sliding_window=512,
+    )
+    cache = kvc.init(sharp, batch=1, num_kv_heads=2, head_dim=HEAD_DIM, dtype=jnp.float32)
+    _, cache = kvc.prefill(cache, q[:, :1400], k[:, :1400], v[:, :1400])
+    out, _ = decode_many(cache, q[:, 1400:], k[:, 1400:], v[:, 1400:], jax.jit(kvc.decode), jax.jit(kvc.settle))
+    chex.assert_trees_all_close(out, exact(q, k, v, 512)[:, 1400:], atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["full:block_size=16", "kivi:residual=32", "streaming_llm:budget=40", "h2o:budget=40"])
+def test_bfloat16_caches_stay_bfloat16(text):
+    q, k, v = qkv(14, 2, 90, dtype=jnp.bfloat16)
+    out, decoded, cache, _ = run(text, q, k, v, [50, 20], dtype=jnp.bfloat16)
+    assert out.dtype == decoded.dtype == cache.window.k.dtype == jnp.bfloat16
+    if text.startswith("full"):
+        whole = exact(*(x.astype(jnp.float32) for x in (q, k, v)))
+        chex.assert_trees_all_close(decoded[0].astype(jnp.float32), whole[0, 50:90], atol=3e-2)
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_a_chunk_on_top_of_a_filled_cache(text):
+    """The next turn of a chat: exact among its own tokens, everything kept afterwards."""
+    q, k, v = qkv(15, 2, 110)
+    lengths, turn = jnp.array([60, 25]), jnp.array([30, 11])
+    cache = make(text, batch=2, num_kv_heads=2, max_len=110, prompt_lens=[60, 25])
+    _, cache = kvc.prefill(cache, q[:, :60], k[:, :60], v[:, :60], lengths)
+    prompt = kvc.open_prompt(cache, 32, fresh=False)
+    at = lengths[:, None] + jnp.arange(32)[None]
+    more = [jnp.take_along_axis(x, at[..., None, None], 1) for x in (q, k, v)]
+    out, prompt = kvc.attend(prompt, *more, turn)
+    after = kvc.close_prompt(prompt)
+    np.testing.assert_array_equal(after.length, lengths + turn)
+    assert_no_duplicates(after)
+    if text.startswith("full"):
+        whole = exact(q, k, v)
+        for row in range(2):
+            lo, n = int(lengths[row]), int(turn[row])
+            chex.assert_trees_all_close(out[row, :n], whole[row, lo : lo + n], atol=1e-5)
+        np.testing.assert_array_equal(kvc.live_tokens(after), lengths + turn)
+
+
+def test_decode_takes_several_tokens_at_once():
+    q, k, v = qkv(16, 2, 80)
+    cache = make("full:block_size=16", batch=2, num_kv_heads=2, max_len=80)
+    _, cache = kvc.prefill(cache, q[:, :50], k[:, :50], v[:, :50])
+    out, cache = kvc.decode(cache, q[:, 50:58], k[:, 50:58], v[:, 50:58])
+    chex.assert_trees_all_close(out, exact(q, k, v)[:, 50:58], atol=1e-5)
+    with pytest.raises(ValueError, match="at most block_size=16 tokens a call, got T=17"):
+        kvc.decode(cache, q[:, :17], k[:, :17], v[:, :17])
+
+
+def test_wrong_shapes_are_refused():
+    cache = make("full:block_size=16", batch=2, num_kv_heads=2, max_len=80)
+    q, k, v = qkv(0, 2, 4)
+    with pytest.raises(ValueError, match="do not fit a cache of batch=2, num_kv_heads=2"):
+        kvc.prefill(cache, q, jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2))
+    with pytest.raises(ValueError, match="num_heads=5 must be a multiple of num_kv_heads=2"):
+        kvc.prefill(cache, jnp.zeros((2, 4, 5, HEAD_DIM)), k, v)
+    with pytest.raises(ValueError, match="equal B, T and D"):
+        kvc.prefill(cache, q[:, :3], k, v)
+    other = make("full:block_size=16", batch=1, num_kv_heads=2, max_len=96)
+    with pytest.raises(ValueError, match="same plan"):
+        kvc.insert_row(cache, 0, other)
+    with pytest.raises(ValueError, match="exceeds the prompt's capacity=2"):
+        kvc.attend(kvc.open_prompt(cache, 2), q, k, v)

@@ -1,0 +1,124 @@
+"""Laws 1, 2 and 7: contractions agree with decode, errors are bounded, nbits is what is stored."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcomp_jax.codecs import Affine, Identity
+from kvcomp_jax.codecs.packing import BITS, pack, pack_unit, unpack
+from tests.laws.parts import CODECS, HEAD_DIM, normal
+
+
+def draw(seed, tokens, scale=1.0):
+    x = normal(seed, 2, tokens, HEAD_DIM) * scale
+    pos = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))
+    return x, pos
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+@given(seed=st.integers(0, 2**16), units=st.integers(1, 3), queries=st.integers(1, 5))
+def test_dot_and_mix_agree_with_decode(codec, seed, units, queries):
+    x, pos = draw(seed, units * 64)
+    q, p = normal(seed + 1, 2, queries, HEAD_DIM), normal(seed + 2, 2, queries, units * 64)
+    enc = codec.encode(x, pos)
+    x_hat = codec.decode(enc, pos)
+    chex.assert_trees_all_close(codec.dot(q, enc, pos), q @ x_hat.mT, atol=2e-5)
+    chex.assert_trees_all_close(codec.mix(p, enc, pos), p @ x_hat, atol=5e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_identity_is_exact(dtype):
+    x, pos = draw(0, 7)
+    x = x.astype(dtype)
+    codec = Identity().bind(dtype)
+    chex.assert_trees_all_equal(codec.decode(codec.encode(x, pos), pos), x)
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS if isinstance(c, Affine)], ids=repr)
+@given(seed=st.integers(0, 2**16), scale=st.sampled_from([1e-3, 1.0, 300.0]))
+def test_affine_error_is_half_a_step_beyond_metadata_rounding(codec, seed, scale):
+    x, pos = draw(seed, 64, scale)
+    enc = codec.encode(x, pos)
+    step = jnp.repeat(
+        enc.scale.astype(jnp.float32),
+        codec.group_size or HEAD_DIM,
+        axis=-1 if codec.axis == "token" else -2,
+    )
+    unit = float(jnp.finfo(codec.metadata_dtype).eps)
+    largest = jnp.abs(x).max()
+    slack = 4 * unit * largest + (2**codec.bits) * unit * step + float(jnp.finfo(codec.metadata_dtype).tiny) * 2**codec.bits
+    assert bool((jnp.abs(codec.decode(enc, pos) - x) <= step / 2 + slack).all())
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_nbits_is_what_is_stored(codec):
+    codec = codec.bind(jnp.bfloat16)
+    x, pos = draw(0, 192)
+    enc = codec.encode(x.astype(jnp.bfloat16), pos)
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(enc)) * 8
+    assert stored == 2 * codec.nbits(192, HEAD_DIM)  # two heads
+    codes = enc.codes.nbytes * 8 if isinstance(codec, Affine) else stored
+    assert stored - codes == 2 * codec.metadata_bits(192, HEAD_DIM)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_encodings_of_consecutive_units_concatenate(codec):
+    x, pos = draw(3, 192)
+    whole = codec.encode(x, pos)
+    parts = [codec.encode(x[:, i : i + 64], pos[:, i : i + 64]) for i in (0, 64, 128)]
+    chex.assert_trees_all_equal(whole, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), *parts))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@given(seed=st.integers(0, 2**16), units=st.integers(1, 5), dim=st.integers(1, 9))
+def test_packing_round_trips_at_exactly_bits_a_code(bits, seed, units, dim):
+    tokens = units * pack_unit(bits)
+    codes = np.random.default_rng(seed).integers(0, 2**bits, (3, tokens, dim), dtype=np.uint8)
+    words = pack(jnp.asarray(codes), bits)
+    assert words.nbytes * 8 == codes.size * bits
+    np.testing.assert_array_equal(unpack(words, bits), codes)
+
+
+def test_words_are_little_endian_along_tokens():
+    codes = jnp.arange(8, dtype=jnp.uint8)[:, None]
+    assert int(pack(codes, 4)[0, 0]) == 0x76543210
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS if isinstance(c, Affine)], ids=repr)
+def test_constant_groups_and_zeros_come_back_exactly(codec):
+    pos = jnp.zeros((1, 64), jnp.int32)
+    for value in (0.0,) if codec.symmetric else (0.0, -1.5, 7.0):
+        x = jnp.full((1, 64, HEAD_DIM), value)
+        chex.assert_trees_all_equal(codec.decode(codec.encode(x, pos), pos), x)
+
+
+def test_huge_values_stay_finite():
+    codec = Affine(bits=2, axis="token", group_size=32)
+    x = jnp.full((1, 16, HEAD_DIM), 1e9).at[..., ::2].set(-1e9)
+    assert bool(jnp.isfinite(codec.decode(codec.encode(x, None), None)).all())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"bits": 5, "axis": "token"}, "bits=5 must be one of 2, 3, 4, 8"),
+        ({"bits": 4, "axis": "row"}, "axis='row' must be 'token' or 'channel'"),
+        ({"bits": 4, "axis": "channel"}, "needs a group_size"),
+        ({"bits": 2, "axis": "channel", "group_size": 24}, "group_size=24 must be a multiple of 16"),
+        ({"bits": 2, "axis": "token", "group_size": 0}, "group_size=0 must be at least 1"),
+    ],
+)
+def test_impossible_codecs_are_refused(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        Affine(**kwargs)
+
+
+def test_group_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="group_size=48 must divide head_dim=64"):
+        Affine(bits=4, axis="token", group_size=48).check(64, 64)
+    with pytest.raises(ValueError, match="group_size=64 must divide block_size=96"):
+        Affine(bits=4, axis="channel", group_size=64).check(64, 96)
