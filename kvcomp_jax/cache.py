@@ -55,14 +55,13 @@ def init(spec: LayerSpec, *, batch: int, num_kv_heads: int, head_dim: int, dtype
         k, v = jnp.zeros((*slots, head_dim), dtype), jnp.zeros((*slots, head_dim), dtype)
         return Exact(k=k, v=v, stat=jnp.zeros(slots) if needs_probs else None)
 
-    zeros = jnp.zeros(batch, jnp.int32)
     return LayerCache(
         spec=spec,
         sinks=exact(spec.policy.num_sinks, False) if spec.policy.num_sinks else None,
         window=exact(spec.window_slots, spec.policy.needs_probs),
         tiers=tuple(init_tier(rung, spec, batch, num_kv_heads, head_dim, dtype) for rung in spec.rungs),
-        length=zeros,
-        settled=zeros,
+        length=jnp.zeros(batch, jnp.int32),
+        settled=jnp.zeros(batch, jnp.int32),
         window_limit=jnp.full(batch, spec.window, jnp.int32),
     )
 

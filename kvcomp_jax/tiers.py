@@ -45,14 +45,16 @@ class Tier:
 
 def init_tier(rung: Rung, spec: LayerSpec, batch: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Tier:
     """Return an empty tier."""
-    rows = jnp.zeros((batch, num_kv_heads, rung.capacity, head_dim), dtype)
     slots = (batch, num_kv_heads, rung.capacity)
-    everywhere = jnp.zeros(slots, jnp.int32)
+
+    def nothing(codec: Codec) -> Encoded:  # arrays of its own for each call: a donated cache may share none
+        return codec.encode(jnp.zeros((*slots, head_dim), dtype), jnp.zeros(slots, jnp.int32))
+
     return Tier(
         k_codec=rung.k,
         v_codec=rung.v,
-        k=rung.k.encode(rows, everywhere),
-        v=rung.v.encode(rows, everywhere),
+        k=nothing(rung.k),
+        v=nothing(rung.v),
         pos=None if spec.policy.fifo else jnp.full(slots, -1, jnp.int32),
         stat=jnp.zeros(slots) if spec.policy.needs_probs else None,
         entered=jnp.zeros(batch, jnp.int32),

@@ -140,16 +140,16 @@ def prefill(
     logits = jnp.zeros((len(prompts), lm.config.vocab_size))
     work_s = compile_s = 0.0
     for i in range(passes):
-        if i == passes - 1:
-            prompt = tuple(dataclasses.replace(p, final=True) for p in prompt)
         here = jnp.asarray(tokens[:, i * chunk : (i + 1) * chunk])
         args = (lm.params, here, jnp.clip(whole - i * chunk, 0, chunk), whole, logits, prompt)
-        step, seconds = _compiled(_read_chunk, lm.model, *args)
-        compile_s += seconds
-        start = time.perf_counter()
-        logits, prompt = jax.block_until_ready(step(*args))
-        work_s += time.perf_counter() - start
-    return logits, prompt, work_s, compile_s
+        (logits, prompt), seconds, compiling = _timed(_read_chunk, lm.model, *args)
+        work_s, compile_s = work_s + seconds, compile_s + compiling
+    if passes == 1:
+        return logits, prompt, work_s, compile_s
+    bases = tuple(p.base for p in prompt)
+    rest = tuple(dataclasses.replace(p, base=None) for p in prompt)
+    caches, seconds, compiling = _timed(_close, None, bases, rest)
+    return logits, caches, work_s + seconds, compile_s + compiling
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
@@ -165,6 +165,12 @@ def _read_chunk(
     """One pass over the prompts; rows that end in this chunk leave their logits."""
     last, prompt = model.apply(params, tokens, prompt, length, logits="last", rope_len=whole)
     return jnp.where((length > 0)[:, None], last, logits), prompt
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _close(_: None, bases: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Compress the staged prompts; apart from `_read_chunk`, because staged tokens become no output to donate to."""
+    return tuple(kvc.close_prompt(dataclasses.replace(p, base=b)) for b, p in zip(bases, rest, strict=True))
 
 
 def _decode(
@@ -285,6 +291,14 @@ def _encode(lm: LanguageModel, prompts: Any) -> list[list[int]]:
         if min(row) < 0 or max(row) >= lm.config.vocab_size:
             raise ValueError(f"prompt {i} has an id outside the vocabulary of {lm.config.vocab_size}.")
     return ids
+
+
+def _timed(function: Any, static: Any, *args: Any) -> tuple[Any, float, float]:
+    """Call a compiled program: its result, seconds of work, seconds of compilation."""
+    program, compile_s = _compiled(function, static, *args)
+    start = time.perf_counter()
+    out = jax.block_until_ready(program(*args))
+    return out, time.perf_counter() - start, compile_s
 
 
 _programs: dict[Any, Any] = {}
