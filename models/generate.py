@@ -103,15 +103,7 @@ def generate(
     dtype = cache_dtype or lm.dtype
     caches = plan.init(batch=len(ids), dtype=dtype, prompt_lens=lengths)
     logits, caches, prefill_s, prefill_compile_s = prefill(lm, ids, caches)
-    state = _State(
-        caches=caches,
-        logits=logits,
-        tokens=jnp.full((len(ids), max_new_tokens), -1, jnp.int32),
-        step=jnp.int32(0),
-        done=jnp.zeros(len(ids), bool),
-        keys=jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(ids))),
-        since=jnp.int32(0),
-    )
+    state = _start(caches, logits, max_new_tokens, seed)
     state, texts, decode_s, compile_s = _decode(lm, plan, sampling, state, stops, stream)
     rows = [[int(t) for t in row if t >= 0] for row in np.asarray(state.tokens)]
     held = kvc.nbytes(state.caches)
@@ -184,7 +176,7 @@ def _decode(
     """Run the loop; texts are cut at stop texts."""
     settings = (lm.model, plan.block_size, sampling, lm.config.eos_ids)
     max_new_tokens = state.tokens.shape[1]
-    run, compile_s = _compiled(_run, settings, lm.params, state, jnp.int32(0))
+    run, compile_s = compiled(_run, (settings,), lm.params, state, jnp.int32(0))
     watched = _Watch(lm, len(state.done), stops, stream) if stops or stream else None
     start = time.perf_counter()
     if watched is None:
@@ -200,6 +192,39 @@ def _decode(
         if bool(state.done.all()):
             break
     return state, watched.finish(), time.perf_counter() - start, compile_s
+
+
+class Stepper:
+    """The decode loop alone, for measurements: a fixed number of greedy steps that nothing ends early."""
+
+    def __init__(self, lm: LanguageModel, plan: kvc.CachePlan, num_steps: int) -> None:
+        self.num_steps, self.compile_s = num_steps, 0.0
+        self._lm, self._settings = lm, (lm.model, plan.block_size, Sampling(), ())
+
+    def start(self, caches: tuple[Any, ...]) -> Any:
+        """Make the loop's state from caches, which it takes over, and compile the loop once."""
+        logits = jnp.zeros((caches[0].length.shape[0], self._lm.config.vocab_size))
+        state = _start(caches, logits, self.num_steps, 0)
+        self._program, seconds = compiled(_run, (self._settings,), self._lm.params, state, jnp.int32(0))
+        self.compile_s += seconds
+        return jax.block_until_ready(state)
+
+    def run(self, state: Any) -> None:
+        """Take all steps and wait for the last."""
+        jax.block_until_ready(self._program(self._lm.params, state, jnp.int32(self.num_steps)))
+
+
+def _start(caches: tuple[Any, ...], logits: jax.Array, max_new_tokens: int, seed: int) -> _State:
+    rows = logits.shape[0]
+    return _State(
+        caches=caches,
+        logits=logits,
+        tokens=jnp.full((rows, max_new_tokens), -1, jnp.int32),
+        step=jnp.int32(0),
+        done=jnp.zeros(rows, bool),
+        keys=jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows)),
+        since=jnp.int32(0),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -295,7 +320,7 @@ def _encode(lm: LanguageModel, prompts: Any) -> list[list[int]]:
 
 def _timed(function: Any, static: Any, *args: Any) -> tuple[Any, float, float]:
     """Call a compiled program: its result, seconds of work, seconds of compilation."""
-    program, compile_s = _compiled(function, static, *args)
+    program, compile_s = compiled(function, (static,), *args)
     start = time.perf_counter()
     out = jax.block_until_ready(program(*args))
     return out, time.perf_counter() - start, compile_s
@@ -304,12 +329,15 @@ def _timed(function: Any, static: Any, *args: Any) -> tuple[Any, float, float]:
 _programs: dict[Any, Any] = {}
 
 
-def _compiled(function: Any, static: Any, *args: Any) -> tuple[Callable, float]:
-    """The compiled program of a jitted function for these shapes, and the seconds it took (0 if there already)."""
+def compiled(function: Any, static: tuple[Any, ...], *args: Any) -> tuple[Callable, float]:
+    """The compiled program of a jitted function whose first arguments are `static`, and the seconds it took.
+
+    One compilation for each function, static arguments and shapes; 0 seconds if it is there already.
+    """
     leaves, treedef = jax.tree.flatten(args)
     key = (function, static, treedef, tuple((x.shape, x.dtype) for x in leaves))
     start = time.perf_counter()
     fresh = key not in _programs
     if fresh:
-        _programs[key] = function.lower(static, *args).compile()
+        _programs[key] = function.lower(*static, *args).compile()
     return _programs[key], time.perf_counter() - start if fresh else 0.0

@@ -1,0 +1,147 @@
+"""Compare methods on a real model and text: quality against true bytes, and speed.
+
+Prefills a context, compresses its cache, and scores the tokens that follow. Writes results.json, pareto.png and
+index.html; an interrupted run goes on where it stopped.
+"""
+
+import dataclasses
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import kvcomp_jax as kvc
+import models
+from experiments import report
+from experiments.cli import environment, run, split_methods
+from experiments.measure import Bench
+from experiments.protocol import Score, cut_windows
+from experiments.results import Results
+from experiments.texts import load_text
+
+DEFAULT_METHODS = "full;int8;int4;kivi:bits=4;kivi:bits=2;streaming_llm:budget=512;h2o:budget=512"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to compare."""
+
+    text: Path
+    """A text file, or the King James Bible as kjv.jsonl."""
+    model: str = "smollm2"
+    """What `models.load` takes: a folder, a .gguf file, "smollm2"."""
+    methods: str = DEFAULT_METHODS
+    """Methods, separated by semicolons; "full" is always measured."""
+    context: int = 1024
+    """Tokens prefilled and compressed."""
+    score: int = 256
+    """Tokens after them; one less is predicted."""
+    windows: int = 6
+    """Evenly spaced places in the text."""
+    out: Path = Path("runs/compare")
+    """Folder for the results."""
+    stream: bool = False
+    """Feed the scored tokens one at a time through decode instead of in one pass."""
+    seed: int = 0
+    """Kept with the results; nothing here is random."""
+    cache_dtype: str | None = None
+    """Of exact cached tokens: float32, bfloat16 or float16; None is the model's."""
+    decode_steps: int = 24
+    """Tokens of one speed measurement."""
+    repeats: int = 3
+    """Speed measurements of a method, in turn with the full cache."""
+
+
+def main(config: Config) -> None:
+    """Run the comparison and write its report."""
+    console = Console()
+    methods = list(dict.fromkeys(["full", *split_methods(config.methods)]))
+    layout = models.load_config(config.model).layout
+    check(config, layout, methods)
+    text = load_text(config.text)
+    with console.status(f"loading {config.model}"):
+        lm = models.load(config.model)
+    if lm.tokenizer is None:
+        raise ValueError(f"{config.model} has no tokenizer; a comparison on text needs one.")
+    with console.status("reading the text"):
+        tokens = lm.tokenizer.encode(text)
+    windows = cut_windows(tokens, context=config.context, score=config.score, windows=config.windows)
+    results = Results(config.out / "results.json", _meta(config, methods, len(tokens)))
+    todo = [method for method in methods if results.row(method) is None]
+    if todo:
+        bench = Bench(lm, config, windows)
+        _measure(console, bench, results, todo, config)
+    results.rows.sort(key=lambda row: methods.index(row["method"]) if row["method"] in methods else len(methods))
+    results.write()
+    report.write(config.out)
+    report.print_table(console, config.out)
+
+
+def check(config: Config, layout: kvc.Layout, methods: list[str]) -> None:
+    """Raise ValueError for settings that cannot work, before anything is loaded."""
+    size = config.context + config.score
+    if layout.max_positions is not None and size > layout.max_positions:
+        raise ValueError(
+            f"context={config.context} + score={config.score} tokens exceed the model's {layout.max_positions} positions."
+        )
+    if not 1 <= config.decode_steps <= config.score:
+        raise ValueError(f"decode_steps={config.decode_steps} must be between 1 and score={config.score}.")
+    if config.repeats < 1:
+        raise ValueError(f"repeats={config.repeats} must be at least 1.")
+    if config.cache_dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"cache_dtype={config.cache_dtype!r} must be float32, bfloat16 or float16.")
+    for method in methods:
+        kvc.parse(method).plan(layout, max_len=size, prompt_len=config.context)
+
+
+def _meta(config: Config, methods: list[str], num_tokens: int) -> dict[str, Any]:
+    settings = dataclasses.asdict(config)
+    return {
+        "command": shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment(),
+        **{name: str(value) if isinstance(value, Path) else value for name, value in settings.items() if name != "out"},
+        "methods": methods,
+        "text_tokens": num_tokens,
+    }
+
+
+def _measure(console: Console, bench: Bench, results: Results, todo: list[str], config: Config) -> None:
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("full cache (reference)", total=config.windows * (len(todo) + 1))
+        bench.prepare_reference(lambda: progress.advance(bar))
+        for method in todo:
+            progress.update(bar, description=method)
+            scores, measured = bench.measure(method, lambda: progress.advance(bar))
+            results.add(_row(method, scores, measured, bench))
+
+
+def _row(method: str, scores: list[Score], measured: dict[str, Any], bench: Bench) -> dict[str, Any]:
+    held: kvc.Bytes = measured.pop("bytes")
+    layout = bench.lm.config.layout
+    values = 2 * bench.config.context * layout.num_layers * layout.num_kv_heads * layout.head_dim
+    saved = held.used < bench.full_bytes.used
+    return {
+        "method": method,
+        "perplexity": float(np.exp(np.mean([s.nll for s in scores]))),
+        "kl": float(np.mean([s.kl for s in scores])),
+        "top1": float(np.mean([s.top1 for s in scores])),
+        "bytes_allocated": held.allocated,
+        "bytes_used": held.used,
+        "bytes_metadata": held.metadata,
+        "bits_per_value": 8 * held.used / values,
+        "times_smaller": bench.full_bytes.used / held.used,
+        **measured,
+        "note": "" if saved or method == "full" else "no bytes saved",
+        "windows": [dataclasses.asdict(s) for s in scores],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run(Config, main))

@@ -1,0 +1,102 @@
+"""Measuring one method: quality window by window, bytes, and speed in turn with the full cache."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvcomp_jax as kvc
+import models
+from experiments.protocol import Score, judge, score_chunk, score_stream
+from models.generate import Stepper, compiled, prefill
+
+
+class Bench:
+    """A model, its windows of text, and the full cache's logits on them as the reference."""
+
+    def __init__(self, lm: models.LanguageModel, config: Any, windows: np.ndarray) -> None:
+        self.lm, self.config, self.windows = lm, config, windows
+        self.dtype = jnp.dtype(config.cache_dtype) if config.cache_dtype else lm.dtype
+        self._reference: list[np.ndarray] = []  # f32[score - 1, V] each: 50 MB at 49,152 entries and 256 tokens
+        self._full: tuple[tuple[Any, ...], Stepper] | None = None
+        self._full_row: tuple[list[Score], dict[str, Any]] | None = None
+        self.full_bytes = kvc.Bytes(0, 0, 0)
+
+    def prepare_reference(self, advance: Callable[[], None]) -> None:
+        """Score every window with the full cache and keep the logits."""
+        self._full_row = self._score("full", advance)
+        self.full_bytes = self._full_row[1]["bytes"]
+
+    def measure(self, method: str, advance: Callable[[], None]) -> tuple[list[Score], dict[str, Any]]:
+        """Scores of every window, and bytes, seconds and tokens a second."""
+        if method == "full" and self._full_row is not None:
+            scores, row = self._full_row
+            for _ in self.windows:
+                advance()
+        else:
+            scores, row = self._score(method, advance)
+        caches, stepper = row.pop("held")
+        if method == "full":
+            self._full = (caches, stepper)
+        rates, full_rates = self._rates(caches, stepper)
+        row["compile_s"] += stepper.compile_s
+        return scores, {
+            **row,
+            "decode_tokens_per_s": statistics.median(rates),
+            "decode_tokens_per_s_range": [min(rates), max(rates)],
+            "decode_vs_full": statistics.median(rates) / statistics.median(full_rates),
+        }
+
+    def _score(self, method: str, advance: Callable[[], None]) -> tuple[list[Score], dict[str, Any]]:
+        config, lm = self.config, self.lm
+        plan = kvc.parse(method).plan(
+            lm.config.layout, max_len=config.context + config.score, prompt_len=config.context
+        )
+        scores, seconds, compile_s, caches = [], [], 0.0, ()
+        for i, window in enumerate(self.windows):
+            prompt, rest = window[: config.context], jnp.asarray(window[config.context :])
+            empty = plan.init(batch=1, dtype=self.dtype, prompt_lens=[config.context])
+            _, caches, prefill_s, prefill_compile_s = prefill(lm, [prompt.tolist()], empty)
+            if config.stream:
+                program, score_compile_s = compiled(score_stream, (lm.model, plan.block_size), lm.params, rest, caches)
+            else:
+                program, score_compile_s = compiled(score_chunk, (lm.model,), lm.params, rest, caches)
+            logits = program(lm.params, rest, caches)
+            if len(self._reference) <= i:  # the first method is the full cache
+                self._reference.append(np.asarray(logits))
+            scores.append(judge(jnp.asarray(self._reference[i]), logits, window[config.context + 1 :]))
+            seconds.append(prefill_s)
+            compile_s += prefill_compile_s + score_compile_s
+            advance()
+        stepper = Stepper(lm, plan, self.config.decode_steps)
+        row = {
+            "bytes": kvc.nbytes(caches),
+            "prefill_s": statistics.median(seconds),
+            "prefill_s_range": [min(seconds), max(seconds)],
+            "compile_s": compile_s,
+            "held": (caches, stepper),
+        }
+        return scores, row
+
+    def _rates(self, caches: tuple[Any, ...], stepper: Stepper) -> tuple[list[float], list[float]]:
+        """Tokens a second of a method and of the full cache, measured in turn."""
+        if self._full is None:
+            if self._full_row is None:
+                raise RuntimeError("prepare_reference comes first")
+            self._full = self._full_row[1]["held"]
+        rates, full_rates = [], []
+        for _ in range(self.config.repeats):
+            rates.append(_rate(caches, stepper))
+            full_rates.append(rates[-1] if self._full[1] is stepper else _rate(*self._full))
+        return rates, full_rates
+
+
+def _rate(caches: tuple[Any, ...], stepper: Stepper) -> float:
+    state = stepper.start(jax.tree.map(jnp.copy, caches))  # the loop takes its caches over
+    start = time.perf_counter()
+    stepper.run(state)
+    return stepper.num_steps / (time.perf_counter() - start)

@@ -1,0 +1,127 @@
+"""What people read: a table, a plot and one self-contained page, all made from results.json."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+from experiments.results import write_atomically
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read results.json of a folder."""
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def write(folder: Path) -> None:
+    """Write pareto.png and index.html beside results.json."""
+    results = read(folder)
+    plot(results, folder / "pareto.png")
+    picture = base64.b64encode((folder / "pareto.png").read_bytes()).decode()
+    here = Path(__file__).parent
+    loader = jinja2.FileSystemLoader(here)
+    environment = jinja2.Environment(autoescape=True, loader=loader, undefined=jinja2.StrictUndefined)
+    environment.filters["cells"] = cells
+    page = environment.get_template("report.html.jinja").render(**results, picture=picture, columns=COLUMNS)
+    write_atomically(folder / "index.html", page)
+
+
+# Title, what it means.
+COLUMNS = (
+    ("method", "How the cache is kept; options after the colon."),
+    ("bits / value", "Bits that one cached number really occupies, scales, positions and exact parts included."),
+    ("× smaller", "Bytes of the full cache divided by the method's, counted from the arrays that hold it."),
+    ("MB used", "Megabytes that the context's tokens occupy."),
+    ("MB allocated", "Megabytes of all arrays, room for tokens still to come included."),
+    ("perplexity", "How surprised the model is by the real text; lower is better."),
+    ("KL", "How far the predictions move from the full cache's, in nats a token; 0 is identical."),
+    ("top-1", "How often the most likely next token is the full cache's."),
+    ("prefill s", "Seconds to read and compress the context (median over windows)."),
+    ("decode tok/s", "Tokens generated a second: median, and lowest to highest."),
+    ("× full speed", "Decoding speed against the full cache, measured in turn in the same process."),
+    ("note", "What else to know."),
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text, one cell for each of COLUMNS."""
+    low, high = row["decode_tokens_per_s_range"]
+    return [
+        row["method"],
+        f"{row['bits_per_value']:.2f}",
+        f"{row['times_smaller']:.2f}",
+        f"{row['bytes_used'] / 1e6:.1f}",
+        f"{row['bytes_allocated'] / 1e6:.1f}",
+        f"{row['perplexity']:.3f}",
+        f"{row['kl']:.5f}",
+        f"{row['top1']:.3f}",
+        f"{row['prefill_s']:.2f}",
+        f"{row['decode_tokens_per_s']:.1f} ({low:.1f}–{high:.1f})",
+        f"{row['decode_vs_full']:.2f}",
+        row["note"],
+    ]
+
+
+def print_table(console: Console, folder: Path) -> None:
+    """Print the table and where the files are."""
+    results = read(folder)
+    table = Table(title=f"{results['meta']['model']}, context {results['meta']['context']}, {results['meta']['windows']} windows")
+    for title, _ in COLUMNS:
+        table.add_column(title, justify="left" if title in ("method", "note") else "right", overflow="fold")
+    for row in results["rows"]:
+        table.add_row(*cells(row))
+    console.print(table)
+    for name in ("results.json", "pareto.png", "index.html"):
+        console.print(folder / name)
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Quality lost against true bits: lower left is better."""
+    rows = [row for row in results["rows"] if row["method"] != "full"]
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
+    full = next((row for row in results["rows"] if row["method"] == "full"), None)
+    if full is not None:
+        axes.axvline(full["bits_per_value"], color="0.6", linestyle=":")
+        axes.text(full["bits_per_value"], 0.98, " full cache (KL = 0)", transform=axes.get_xaxis_transform(), va="top",
+                  ha="right", rotation=90, color="0.4", fontsize=9)  # fmt: skip
+    best = _frontier(rows)
+    axes.plot([r["bits_per_value"] for r in best], [_kl(r) for r in best], color="0.75", zorder=1)
+    for i, row in enumerate(sorted(rows, key=lambda r: r["bits_per_value"])):
+        axes.scatter(row["bits_per_value"], _kl(row), s=45, zorder=2)
+        axes.annotate(row["method"], (row["bits_per_value"], _kl(row)), xytext=(7, 6 if i % 2 else -12),
+                      textcoords="offset points", fontsize=9)  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("true bits per cached value, everything counted (less is smaller)")
+    axes.set_ylabel("KL to the full cache, nats a token (less is closer)")
+    axes.set_title(f"{results['meta']['model']}: what a smaller cache costs, context {results['meta']['context']}")
+    axes.margins(x=0.12, y=0.15)
+    axes.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def _kl(row: dict[str, Any]) -> float:
+    """KL on a log axis: zero is drawn at the smallest value that float32 logits resolve."""
+    return max(row["kl"], 1e-7)
+
+
+def _frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that no other beats in both bits and KL, by bits."""
+    best: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda r: (r["bits_per_value"], r["kl"])):
+        if not best or row["kl"] < best[-1]["kl"]:
+            best.append(row)
+    return best
