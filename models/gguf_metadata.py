@@ -153,9 +153,9 @@ def _rope(
 ) -> dict[str, Any]:
     """Rope parameters as config.json has them."""
     found: dict[str, Any] = {}
-    rotated, head_dim = fields.get(f"{architecture}.rope.dimension_count"), values.get("head_dim")
-    if rotated is not None:
-        head_dim = head_dim or values["hidden_size"] // values["num_attention_heads"]
+    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    rotated = fields.get(f"{architecture}.rope.dimension_count", head_dim)
+    if rotated != head_dim:
         found["partial_rotary_factor"] = rotated / head_dim
     prefix = f"{architecture}.rope.scaling."
     scaling = {ours: fields[prefix + key] for key, ours in _ROPE.items() if prefix + key in fields}

@@ -58,12 +58,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _with_eos(values: Mapping[str, Any], more: Any) -> dict[str, Any]:
-    """The configuration with more end-of-text ids, in its text part where it has one."""
+    """The configuration with more end-of-text ids, in its text part too where it has one."""
     text = values.get("text_config")
-    inner = text if isinstance(text, Mapping) else values
-    ids = sorted({*_listed(values.get("eos_token_id")), *_listed(inner.get("eos_token_id")), *_listed(more)})
-    changed = {**inner, "eos_token_id": ids}
-    return {**values, "text_config": changed} if inner is text else changed
+    parts = [values, text] if isinstance(text, Mapping) else [values]
+    ids = sorted({i for part in parts for i in _listed(part.get("eos_token_id"))} | set(_listed(more)))
+    inner = {"text_config": {**text, "eos_token_id": ids}} if isinstance(text, Mapping) else {}
+    return {**values, "eos_token_id": ids, **inner}
 
 
 def _listed(ids: Any) -> list[int]:
