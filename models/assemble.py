@@ -76,10 +76,10 @@ def _check(config: ModelConfig, where: str, path: str, part: np.ndarray, expecte
 
 
 def _check_complete(source: Path, names: Names, missing: list[str]) -> None:
-    if missing:
-        listed = ", ".join(repr(names.source(path)) for path in sorted(missing)[:5])
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise CheckpointError(f"{source}: has no tensor {listed}{more}.")
+    absent = sorted({names.source(path) for path in missing})
+    if absent:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        raise CheckpointError(f"{source}: has no tensor {', '.join(map(repr, absent[:5]))}{more}.")
 
 
 def _check_tied(where: str, head: np.ndarray, table: jax.Array) -> None:

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.hf import read_json
+from models.names import flatten
 from models.tokenizer import Tokenizer
 from models.transformer import param_shapes
 
@@ -61,14 +62,29 @@ def load(folder: Path, dtype: Any) -> tuple[ModelConfig, Any, Tokenizer | None]:
 
 
 def _restore(folder: Path, config: ModelConfig, dtype: Any) -> Any:
+    expected = param_shapes(config)
     device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=device), param_shapes(config))
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=device), expected)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; the checkpoint is not whole.")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
+            _check_shapes(folder, checkpointer.metadata(folder.resolve()), expected)
             return checkpointer.restore(folder.resolve(), wanted)
+    except CheckpointError:
+        raise
     except (ValueError, OSError, KeyError, TypeError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder}: cannot be restored: {why}") from error
+
+
+def _check_shapes(folder: Path, metadata: Any, expected: Any) -> None:
+    """Compare what is stored with what the configuration says, before anything is read."""
+    stored = {path: tuple(leaf.shape) for path, leaf in flatten(metadata.item_metadata.tree).items()}
+    for path, leaf in flatten(expected).items():
+        if stored.get(path) != leaf.shape:
+            here = "is absent" if path not in stored else f"has shape {stored[path]}"
+            raise CheckpointError(f"{folder}: {path} {here}, expected {leaf.shape}.")
 
 
 def _tokenizer(file: Path) -> Tokenizer | None:

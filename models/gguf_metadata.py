@@ -53,40 +53,41 @@ _ROPE = {  # GGUF key under rope.scaling -> rope parameter
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # the one size whose attention scale does not follow from head_dim
 
-_KINDS = ("weight", "bias")
-_TENSORS = {
-    "token_embd.weight": "embed_tokens.weight",
-    "position_embd.weight": "embed_positions.weight",
-    "output.weight": "lm_head.weight",
-    **{f"output_norm.{kind}": f"final_norm.{kind}" for kind in _KINDS},
-    **{
-        f"blk.{{}}.{theirs}.{kind}": f"layers_{{}}.{ours}.{kind}"
-        for theirs, ours in (
-            ("attn_norm", "input_norm"),
-            ("attn_q", "attn.q_proj"),
-            ("attn_k", "attn.k_proj"),
-            ("attn_v", "attn.v_proj"),
-            ("attn_qkv", "attn.[q_proj|k_proj|v_proj]"),
-            ("attn_output", "attn.o_proj"),
-            ("attn_q_norm", "attn.q_norm"),
-            ("attn_k_norm", "attn.k_norm"),
-            ("post_attention_norm", "post_attn_norm"),
-            ("ffn_norm", "mlp_norm"),
-            ("ffn_gate", "mlp.gate_proj"),
-            ("ffn_up", "mlp.up_proj"),
-            ("ffn_down", "mlp.down_proj"),
-            ("post_ffw_norm", "post_mlp_norm"),
-        )
-        for kind in _KINDS
-    },
+_LAYER = {
+    "attn_norm": "input_norm",
+    "attn_q": "attn.q_proj",
+    "attn_k": "attn.k_proj",
+    "attn_v": "attn.v_proj",
+    "attn_output": "attn.o_proj",
+    "attn_q_norm": "attn.q_norm",
+    "attn_k_norm": "attn.k_norm",
+    "post_attention_norm": "post_attn_norm",
+    "ffn_norm": "mlp_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_mlp_norm",
 }
-_FUSED_MLP = {**_TENSORS, "blk.{}.ffn_up.weight": "layers_{}.mlp.[gate_proj|up_proj].weight"}
+_FUSED = {name: path for name, path in _LAYER.items() if name not in ("attn_q", "attn_k", "attn_v")}
+_FUSED["attn_qkv"] = "attn.[q_proj|k_proj|v_proj]"
+_LAYERS = {  # by family, where it differs
+    "gpt2": _FUSED,
+    "phi3": {**_FUSED, "ffn_up": "mlp.[gate_proj|up_proj]"},
+}
+_OUTER = {
+    "token_embd": "embed_tokens",
+    "position_embd": "embed_positions",
+    "output_norm": "final_norm",
+    "output": "lm_head",
+}
 
 
 def names(config: ModelConfig) -> Names:
     """Names of a GGUF file's tensors."""
-    ignored = r"^rope_(freqs|factors_long|factors_short)\.weight$"
-    return Names(_FUSED_MLP if config.family == "phi3" else _TENSORS, ignored=ignored)
+    layer = _LAYERS.get(config.family, _LAYER)
+    tables = {**_OUTER, **{f"blk.{{}}.{name}": f"layers_{{}}.{path}" for name, path in layer.items()}}
+    patterns = {f"{name}.{kind}": f"{path}.{kind}" for name, path in tables.items() for kind in ("weight", "bias")}
+    return Names(patterns, ignored=r"^rope_(freqs|factors_long|factors_short)\.weight$")
 
 
 class Fields(Mapping[str, Any]):

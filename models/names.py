@@ -38,7 +38,7 @@ _GEMMA = {
     "layers.{}.post_feedforward_layernorm.weight": "layers_{}.post_mlp_norm.weight",
 }
 _PHI3 = {
-    **_LLAMA,
+    **{name: path for name, path in _LLAMA.items() if not re.search(r"\.(q|k|v|gate|up)_proj\.", name)},
     "layers.{}.self_attn.qkv_proj.weight": "layers_{}.attn.[q_proj|k_proj|v_proj].weight",
     "layers.{}.mlp.gate_up_proj.weight": "layers_{}.mlp.[gate_proj|up_proj].weight",
 }
