@@ -24,7 +24,7 @@ import transformers
 from transformers import DynamicCache
 
 FOLDER = Path(__file__).parent / "models"
-NUM_TOKENS, PROMPT, MARGIN = 48, 24, 1e-3
+NUM_TOKENS, PROMPT, MARGIN = 48, 24, 5e-3
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -49,33 +49,19 @@ def rope(kind: str = "default", theta: float = 10_000.0, **options: Any) -> dict
 # head_dim of Phi-3 is hidden_size // num_attention_heads, here 16 of which 8 rotate.
 PHI3 = {"hidden_size": 64, "head_dim": None, "original_max_position_embeddings": 32, "max_position_embeddings": 128}
 LONGROPE = {"partial_rotary_factor": 0.5, "short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [1.2, 2.0, 3.5, 5.0]}
+# Of the 8 pairs the first two keep their frequencies, the last two are divided, and the rest lie between.
+YARN = {"theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 2.0, "beta_slow": 0.25}
+YARN_CONTEXT = {"max_position_embeddings": 128}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_linear": (
         "Llama",
         {"rope_parameters": rope("linear", factor=2.5), "attention_bias": True, "mlp_bias": True},
     ),
     "llama_dynamic": ("Llama", {"rope_parameters": rope("dynamic", factor=3.0), "num_key_value_heads": 1}),
-    "llama_yarn": (
-        "Llama",
-        {
-            "rope_parameters": rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8.0),
-            "max_position_embeddings": 64,
-            "tie_word_embeddings": True,
-        },
-    ),
+    "llama_yarn": ("Llama", {"rope_parameters": rope("yarn", **YARN), "tie_word_embeddings": True, **YARN_CONTEXT}),
     "llama_yarn_mscale": (
         "Llama",
-        {
-            "rope_parameters": rope(
-                "yarn",
-                factor=4.0,
-                original_max_position_embeddings=16,
-                mscale=1.4,
-                mscale_all_dim=0.7,
-                truncate=False,
-            ),
-            "max_position_embeddings": 64,
-        },
+        {"rope_parameters": rope("yarn", mscale=1.4, mscale_all_dim=0.7, truncate=False, **YARN), **YARN_CONTEXT},
     ),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "max_position_embeddings": 64}),
     "qwen2_window": (

@@ -113,6 +113,20 @@ def test_head_counts_and_positions_left_out():
     assert read(GPT2).ffn_dim == 3072
     assert read(GPT2).tie_embeddings
     assert read(GPT2).ropes == ()
+    assert [read(without(v, "rms_norm_eps")).norm_eps for v in (LLAMA2, QWEN3, GEMMA2, PHI3)] == [
+        1e-6,
+        1e-6,
+        1e-6,
+        1e-5,
+    ]
+
+
+def test_activations():
+    assert {read(values).activation for values in (GPT2, GEMMA2, GEMMA3_1B)} == {"gelu_tanh"}
+    assert read(without(GPT2, "activation_function")).activation == "gelu_tanh"
+    assert read(GEMMA2 | {"hidden_act": "gelu"}).activation == "gelu_tanh"  # hidden_activation alone counts
+    assert read(GPT2 | {"activation_function": "gelu"}).activation == "gelu"
+    assert read(LLAMA2).activation == "silu"
 
 
 def test_context_that_a_scaling_extends():
