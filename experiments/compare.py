@@ -5,6 +5,7 @@ index.html; an interrupted run goes on where it stopped.
 """
 
 import dataclasses
+import hashlib
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -71,7 +72,7 @@ def main(config: Config) -> None:
     with console.status("reading the text"):
         tokens = lm.tokenizer.encode(text)
     windows = cut_windows(tokens, context=config.context, score=config.score, windows=config.windows)
-    results = Results(config.out / "results.json", _meta(config, methods, len(tokens)))
+    results = Results(config.out / "results.json", _meta(config, methods, len(tokens), windows))
     todo = [method for method in methods if results.row(method) is None]
     if todo:
         bench = Bench(lm, config, windows)
@@ -99,7 +100,7 @@ def check(config: Config, layout: kvc.Layout, methods: list[str]) -> None:
         kvc.parse(method).plan(layout, max_len=size, prompt_len=config.context)
 
 
-def _meta(config: Config, methods: list[str], num_tokens: int) -> dict[str, Any]:
+def _meta(config: Config, methods: list[str], num_tokens: int, windows: np.ndarray) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     return {
         "command": shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]]),
@@ -108,6 +109,7 @@ def _meta(config: Config, methods: list[str], num_tokens: int) -> dict[str, Any]
         **{name: str(value) if isinstance(value, Path) else value for name, value in settings.items() if name != "out"},
         "methods": methods,
         "text_tokens": num_tokens,
+        "windows_sha256": hashlib.sha256(windows.tobytes()).hexdigest(),  # of the scored tokens, int32
     }
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+import kvcomp_jax as kvc
 import models
 from experiments.cli import run
 
@@ -15,7 +16,7 @@ from experiments.cli import run
 class Config:
     """What to generate."""
 
-    prompt: Annotated[str, tyro.conf.Positional]
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """The text to continue, or the message to answer."""
     model: str = "smollm2"
     """What `models.load` takes."""
@@ -39,8 +40,6 @@ class Config:
 
 def main(config: Config) -> None:
     """Stream the text, then print the figures."""
-    import kvcomp_jax as kvc
-
     kvc.parse(config.method)  # before a model is loaded for nothing
     lm = models.load(config.model)
     if lm.tokenizer is None:

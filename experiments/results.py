@@ -2,13 +2,13 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# What may differ between two runs that share a file: everything else must agree.
-_MAY_DIFFER = {"command", "versions", "device", "machine", "started", "methods"}
+# What may differ between two runs that share a file. Everything else must agree, versions and device included:
+# speeds from two of them do not belong in one table.
+_MAY_DIFFER = {"command", "started", "methods"}
 
 
 class Results:
@@ -56,13 +56,13 @@ class Results:
 def write_atomically(file: Path, text: str) -> None:
     """Write a file so that a reader, or a kill, sees the old one or the new one whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as temporary:
-            temporary.write(text)
-            temporary.flush()
-            os.fsync(temporary.fileno())
-        os.replace(name, file)
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -1,0 +1,134 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import models
+from experiments import compare
+from experiments.cli import run
+from experiments.measure import Bench
+from tests.experiments import tiny
+
+SIZES = ["--context", "64", "--score", "32", "--windows", "2", "--decode-steps", "4", "--repeats", "2"]
+KEYS = {
+    "method", "perplexity", "kl", "top1", "bytes_allocated", "bytes_used", "bytes_metadata", "bits_per_value",
+    "times_smaller", "prefill_s", "compile_s", "decode_tokens_per_s", "decode_tokens_per_s_range", "note",
+}  # fmt: skip
+META_KEYS = {
+    "command", "versions", "device", "model", "text", "seed", "context", "score", "windows", "stream", "methods",
+}  # fmt: skip
+
+
+def arguments(model_folder, text_file, out, methods=tiny.METHODS, sizes=SIZES):
+    return ["--model", str(model_folder), "--text", str(text_file), "--methods", methods, "--out", str(out), *sizes]
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert run(compare.Config, compare.main, arguments(model_folder, text_file, out)) == 0
+    return out
+
+
+def test_every_method_has_a_row_with_every_figure(finished):
+    results = tiny.read_results(finished)
+    assert set(results) == {"meta", "rows"}
+    assert set(results["meta"]) >= META_KEYS
+    assert results["meta"]["versions"].keys() >= {"python", "jax", "jaxlib", "flax", "numpy", "kvcomp_jax"}
+    assert [row["method"] for row in results["rows"]] == tiny.METHODS.split(";")
+    for row in results["rows"]:
+        assert row.keys() >= KEYS
+        numbers = [value for value in row.values() if isinstance(value, float)]
+        assert all(map(math.isfinite, numbers))
+        assert row["bytes_metadata"] <= row["bytes_used"] <= row["bytes_allocated"]
+        low, high = row["decode_tokens_per_s_range"]
+        assert 0 < low <= row["decode_tokens_per_s"] <= high
+    for name in ("pareto.png", "index.html"):
+        assert (finished / name).stat().st_size > 1000
+
+
+def test_full_is_the_reference_and_equals_a_model_without_cache(finished, model_folder, text_file):
+    full = tiny.read_results(finished)["rows"][0]
+    assert (full["kl"], full["top1"], full["times_smaller"], full["note"]) == (0.0, 1.0, 1.0, "")
+    lm = models.load(model_folder)
+    tokens = np.array(lm.tokenizer.encode(text_file.read_text()))
+    windows = np.stack([tokens[start : start + 96] for start in (0, 500)])
+    logits = np.asarray(lm(windows), np.float64)[:, 64:95]
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_probs, windows[:, 65:, None], -1).mean()
+    assert math.log(full["perplexity"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_bytes_and_bits_are_those_of_the_cache(finished):
+    rows = {row["method"]: row for row in tiny.read_results(finished)["rows"]}
+    values = 2 * 64 * 3 * 2 * 16  # k and v, tokens, layers, kv heads, head_dim
+    for row in rows.values():
+        assert row["bits_per_value"] == pytest.approx(8 * row["bytes_used"] / values)
+    assert rows["full"]["bytes_used"] - rows["full"]["bytes_metadata"] == 4 * values
+    kept = rows["streaming_llm:budget=40"]
+    assert kept["bytes_used"] - kept["bytes_metadata"] == 4 * values * 40 // 64
+    assert rows["kivi:bits=2,residual=32"]["kl"] > rows["int8:block_size=16"]["kl"] > 0
+
+
+def test_streaming_the_scored_tokens_is_another_measurement(finished, model_folder, text_file, tmp_path):
+    methods = "streaming_llm:budget=40"
+    assert run(compare.Config, compare.main, [*arguments(model_folder, text_file, tmp_path, methods), "--stream"]) == 0
+    chunk, stream = (tiny.read_results(folder)["rows"] for folder in (finished, tmp_path))
+    assert stream[0]["perplexity"] == pytest.approx(chunk[0]["perplexity"], rel=1e-4)  # full
+    assert stream[1]["kl"] != chunk[3]["kl"]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(model_folder, text_file, tmp_path, monkeypatch, capsys):
+    measure, measured = Bench.measure, []
+
+    def interrupted(self, method, advance):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(method)
+        return measure(self, method, advance)
+
+    args = arguments(model_folder, text_file, tmp_path, "full;int8:block_size=16;streaming_llm:budget=40")
+    monkeypatch.setattr(Bench, "measure", interrupted)
+    assert run(compare.Config, compare.main, args) == 130
+    before = tiny.read_results(tmp_path)["rows"]
+    assert [row["method"] for row in before] == ["full", "int8:block_size=16"]
+    measured.clear()
+    assert run(compare.Config, compare.main, args) == 0
+    after = tiny.read_results(tmp_path)["rows"]
+    assert measured == ["streaming_llm:budget=40"]
+    assert after[:2] == before
+    monkeypatch.setattr(Bench, "__init__", None)  # a finished run measures nothing again
+    assert run(compare.Config, compare.main, args) == 0
+    capsys.readouterr()
+    assert run(compare.Config, compare.main, [*args, "--seed", "1"]) == 2
+    assert "seed=0" in capsys.readouterr().err
+
+
+def test_a_row_that_saves_nothing_says_so(model_folder, text_file, tmp_path, capsys):
+    methods = "full;streaming_llm:budget=96"
+    assert run(compare.Config, compare.main, arguments(model_folder, text_file, tmp_path, methods)) == 0
+    assert [row["note"] for row in tiny.read_results(tmp_path)["rows"]] == ["", "no bytes saved"]
+    assert "no bytes saved" in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_run_keeps_its_finished_rows(model_folder, text_file, tmp_path):
+    args = [sys.executable, "-m", "experiments.compare", *arguments(model_folder, text_file, tmp_path)]
+    file = tmp_path / "results.json"
+    with subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not file.exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = json.loads(file.read_text())["rows"]
+    assert 1 <= len(before)
+    again = subprocess.run(args, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    after = json.loads(file.read_text())["rows"]
+    assert len(after) == 5
+    assert after[: len(before)] == before
