@@ -75,7 +75,7 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "versions": {"python": platform.python_version(), **versions},
-        "device": f"{device.platform} {device.device_kind}",
+        "device": " ".join(dict.fromkeys((device.platform, device.device_kind))),
         "machine": platform.machine(),
     }
 

@@ -20,7 +20,7 @@ import kvcomp_jax as kvc
 import models
 from experiments import report
 from experiments.cli import environment, run, split_methods
-from experiments.measure import Bench
+from experiments.measure import Bench, saves
 from experiments.protocol import Score, cut_windows
 from experiments.results import Results
 from experiments.texts import load_text
@@ -88,7 +88,8 @@ def check(config: Config, layout: kvc.Layout, methods: list[str]) -> None:
     size = config.context + config.score
     if layout.max_positions is not None and size > layout.max_positions:
         raise ValueError(
-            f"context={config.context} + score={config.score} tokens exceed the model's {layout.max_positions} positions."
+            f"context={config.context} + score={config.score} tokens exceed the model's "
+            f"{layout.max_positions} positions."
         )
     if not 1 <= config.decode_steps <= config.score:
         raise ValueError(f"decode_steps={config.decode_steps} must be between 1 and score={config.score}.")
@@ -128,7 +129,6 @@ def _row(method: str, scores: list[Score], measured: dict[str, Any], bench: Benc
     held: kvc.Bytes = measured.pop("bytes")
     layout = bench.lm.config.layout
     values = 2 * bench.config.context * layout.num_layers * layout.num_kv_heads * layout.head_dim
-    saved = held.used < bench.full_bytes.used
     return {
         "method": method,
         "perplexity": float(np.exp(np.mean([s.nll for s in scores]))),
@@ -140,7 +140,7 @@ def _row(method: str, scores: list[Score], measured: dict[str, Any], bench: Benc
         "bits_per_value": 8 * held.used / values,
         "times_smaller": bench.full_bytes.used / held.used,
         **measured,
-        "note": "" if saved or method == "full" else "no bytes saved",
+        "note": "" if method == "full" or saves(held, bench.full_bytes) else "no bytes saved",
         "windows": [dataclasses.asdict(s) for s in scores],
     }
 

@@ -15,6 +15,11 @@ from experiments.protocol import Score, judge, score_chunk, score_stream
 from models.generate import Stepper, compiled, prefill
 
 
+def saves(held: kvc.Bytes, full: kvc.Bytes) -> bool:
+    """Whether a cache may be called compressed: below the full one by more than the 1 % that counters can make up."""
+    return held.used < 0.99 * full.used
+
+
 class Bench:
     """A model, its windows of text, and the full cache's logits on them as the reference."""
 

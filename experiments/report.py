@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +52,17 @@ COLUMNS = (
     ("note", "What else to know."),
 )
 
-_SHORT = ("method", "bits / value", "× smaller", "perplexity", "KL", "top-1", "decode tok/s", "× full speed", "note")
+# Columns of the printed table, and their headings there.
+_SHORT = {
+    "method": "method",
+    "bits / value": "bits",
+    "× smaller": "smaller",
+    "perplexity": "ppl",
+    "KL": "KL",
+    "top-1": "top-1",
+    "decode tok/s": "tok/s",
+    "× full speed": "× full",
+}
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -74,18 +85,21 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def print_table(console: Console, folder: Path) -> None:
-    """Print the table and where the files are."""
+    """Print the table and where the files are; 80 columns hold it, and nothing is cut where they do not."""
     results = read(folder)
     meta = results["meta"]
-    table = Table(title=f"{meta['model']}, context {meta['context']}, {meta['windows']} windows")
-    for title in _SHORT:
-        table.add_column(title, justify="left" if title in ("method", "note") else "right", no_wrap=title == "method")
+    title = f"{meta['model']}: context {meta['context']}, {meta['windows']} windows, {meta['device']}"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in _SHORT.values():
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     titles = [title for title, _ in COLUMNS]
     for row in results["rows"]:
         cell = dict(zip(titles, cells(row), strict=True))
         cell["decode tok/s"] = cell["decode tok/s"].partition(" ")[0]
+        cell["method"] += f" ({row['note']})" if row["note"] else ""
         table.add_row(*(cell[title] for title in _SHORT))
-    console.print(table)
+    needed = Console(width=1000).measure(table).maximum
+    Console(file=console.file, width=max(console.width, needed)).print(table)
     for name in ("results.json", "pareto.png", "index.html"):
         console.print(folder / name)
 
@@ -109,7 +123,8 @@ def plot(results: dict[str, Any], file: Path) -> None:
         place = {"xytext": (-7 if left else 7, -14 if below else 6), "ha": "right" if left else "left"}
         axes.annotate(row["method"], (x, y), textcoords="offset points", fontsize=9, **place)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    if rows:
+        axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("true bits per cached value, everything counted (less is smaller)")

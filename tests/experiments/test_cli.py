@@ -96,7 +96,17 @@ def test_help_explains_every_option(capsys):
         run(compare.Config, compare.main, ["--help"])
     assert not stop.value.code
     shown = capsys.readouterr().out
-    for option in ("--model", "--text", "--methods", "--context", "--score", "--windows", "--out", "--stream", "--seed"):
+    for option in (
+        "--model",
+        "--text",
+        "--methods",
+        "--context",
+        "--score",
+        "--windows",
+        "--out",
+        "--stream",
+        "--seed",
+    ):
         assert option in shown
 
 

@@ -72,7 +72,7 @@ def test_bytes_and_bits_are_those_of_the_cache(finished):
     assert rows["full"]["bytes_used"] - rows["full"]["bytes_metadata"] == 4 * values
     kept = rows["streaming_llm:budget=40"]
     assert kept["bytes_used"] - kept["bytes_metadata"] == 4 * values * 40 // 64
-    assert rows["kivi:bits=2,residual=32"]["kl"] > rows["int8:block_size=16"]["kl"] > 0
+    assert rows["kivi:bits=2,group_size=16,residual=32"]["kl"] > rows["int8:block_size=16"]["kl"] > 0
 
 
 def test_streaming_the_scored_tokens_is_another_measurement(finished, model_folder, text_file, tmp_path):
@@ -126,7 +126,7 @@ def test_a_killed_run_keeps_its_finished_rows(model_folder, text_file, tmp_path)
         process.send_signal(signal.SIGKILL)
         process.wait()
     before = json.loads(file.read_text())["rows"]
-    assert 1 <= len(before)
+    assert len(before) >= 1
     again = subprocess.run(args, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     after = json.loads(file.read_text())["rows"]

@@ -11,7 +11,10 @@ META = {"model": "tiny", "context": 64, "command": "a", "started": "now", "metho
 def test_rows_are_on_disk_at_once_and_found_again(tmp_path):
     first = Results(tmp_path / "results.json", META)
     first.add({"method": "full", "kl": 0.0})
-    assert json.loads((tmp_path / "results.json").read_text()) == {"meta": META, "rows": [{"method": "full", "kl": 0.0}]}
+    assert json.loads((tmp_path / "results.json").read_text()) == {
+        "meta": META,
+        "rows": [{"method": "full", "kl": 0.0}],
+    }
     again = Results(tmp_path / "results.json", META | {"command": "b", "started": "later", "methods": ["full", "int8"]})
     assert again.row("full") == {"method": "full", "kl": 0.0}
     assert again.row("int8") is None

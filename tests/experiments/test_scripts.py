@@ -6,15 +6,14 @@ import kvcomp_jax as kvc
 import models
 from experiments import generate, memory, methods
 from experiments.cli import run
-from experiments.compare import DEFAULT_METHODS
 from models.generate import prefill
 
 SMALL = [
     "full:block_size=16",
     "int8:block_size=16",
     "int4:block_size=16",
-    "kivi:bits=4,residual=32",
-    "kivi:bits=2,residual=32",
+    "kivi:bits=4,group_size=16,residual=32",
+    "kivi:bits=2,group_size=16,residual=32",
     "streaming_llm:budget=40",
     "h2o:budget=0.5",
     "h2o:budget=90+int4",
@@ -38,10 +37,21 @@ def test_the_forecast_is_what_the_cache_then_holds(model_folder, method):
 
 def test_memory_shows_megabytes_without_loading_weights(model_folder, tmp_path, capsys):
     (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())  # and no tensors
-    args = ["--model", str(tmp_path), "--context", "4096", "--batch", "8", "--cache-dtype", "float32"]
+    args = [
+        "--model",
+        str(tmp_path),
+        "--context",
+        "4096",
+        "--batch",
+        "8",
+        "--cache-dtype",
+        "float32",
+        "--methods",
+        ";".join(SMALL),
+    ]
     assert run(memory.Config, memory.main, args) == 0
     lines = capsys.readouterr().out.splitlines()
-    for method in DEFAULT_METHODS.split(";"):
+    for method in SMALL:
         assert any(method in line for line in lines)
     full = 8 * 4096 * 2 * 3 * 2 * 16 * 4  # rows, tokens, k and v, layers, kv heads, head_dim, bytes
     row = next(line for line in lines if "full" in line)
