@@ -89,7 +89,7 @@ def print_table(console: Console, folder: Path) -> None:
     results = read(folder)
     meta = results["meta"]
     title = f"{meta['model']}: context {meta['context']}, {meta['windows']} windows, {meta['device']}"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in _SHORT.values():
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     titles = [title for title, _ in COLUMNS]
@@ -120,8 +120,9 @@ def plot(results: dict[str, Any], file: Path) -> None:
         axes.scatter(x, y, s=45, zorder=2)
         below = any(_close(row, other) and y < _kl(other) for other in rows if other is not row)
         left = full is not None and x > full["bits_per_value"] / 3
-        place = {"xytext": (-7 if left else 7, -14 if below else 6), "ha": "right" if left else "left"}
-        axes.annotate(row["method"], (x, y), textcoords="offset points", fontsize=9, **place)
+        offset = (-7 if left else 7, -14 if below else 6)
+        side = "right" if left else "left"
+        axes.annotate(row["method"], (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=9)
     axes.set_xscale("log", base=2)
     if rows:
         axes.set_yscale("log")
