@@ -60,7 +60,7 @@ def test_the_method_of_the_third_example_works_everywhere(tmp_path):
         assert 3 < full.used / held.used < 4
         lm = models.load(tiny.write_model(tmp_path))
         answer = lm.generate([list(range(10, 150))], "fading:recent=64", max_new_tokens=100)
-        assert answer.stats.cache.used < answer.stats.full.used / 4
+        assert answer.stats.cache.used < answer.stats.full.used / 2
         with pytest.raises(ValueError, match="recent=100"):
             kvc.parse("fading:recent=100").plan(names["layout"], max_len=4096)
         with pytest.raises(ValueError, match="did you mean 'recent'"):
