@@ -24,10 +24,14 @@ def main(config: Config) -> None:
     for info in kvc.METHODS.values():
         options = ", ".join(f"{name}={option.default}" for name, option in info.options.items())
         calibration = "yes" if info.calibration else "no"
-        table.add_row(f"{info.name}\n[dim]{info.summary}[/dim]", info.axis, info.bits, calibration, options, info.source)
+        table.add_row(
+            f"{info.name}\n[dim]{info.summary}[/dim]", info.axis, info.bits, calibration, options, info.source
+        )
     console = Console()
     console.print(table)
-    console.print("A selecting and a quantising method compose: h2o:budget=0.5+int4. Budgets are tokens, or a fraction.")
+    console.print(
+        "A selecting and a quantising method compose: h2o:budget=0.5+int4. Budgets are tokens, or a fraction."
+    )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def cut_windows(tokens: list[int], *, context: int, score: int, windows: int) ->
     return np.stack([np.asarray(tokens[i * stride : i * stride + size], np.int32) for i in range(windows)])
 
 
-def compare_logits(reference: jax.Array, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def compare_logits(
+    reference: jax.Array, logits: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean NLL of targets i32[N] under logits f32[N, V], mean KL(reference || logits), share of equal top tokens."""
     p, q = jax.nn.log_softmax(reference, -1), jax.nn.log_softmax(logits, -1)
     nll = -jnp.take_along_axis(q, targets[:, None], -1).mean()

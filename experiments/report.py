@@ -51,6 +51,8 @@ COLUMNS = (
     ("note", "What else to know."),
 )
 
+_SHORT = ("method", "bits / value", "× smaller", "perplexity", "KL", "top-1", "decode tok/s", "× full speed", "note")
+
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row as text, one cell for each of COLUMNS."""
@@ -74,11 +76,15 @@ def cells(row: dict[str, Any]) -> list[str]:
 def print_table(console: Console, folder: Path) -> None:
     """Print the table and where the files are."""
     results = read(folder)
-    table = Table(title=f"{results['meta']['model']}, context {results['meta']['context']}, {results['meta']['windows']} windows")
-    for title, _ in COLUMNS:
-        table.add_column(title, justify="left" if title in ("method", "note") else "right", overflow="fold")
+    meta = results["meta"]
+    table = Table(title=f"{meta['model']}, context {meta['context']}, {meta['windows']} windows")
+    for title in _SHORT:
+        table.add_column(title, justify="left" if title in ("method", "note") else "right", no_wrap=title == "method")
+    titles = [title for title, _ in COLUMNS]
     for row in results["rows"]:
-        table.add_row(*cells(row))
+        cell = dict(zip(titles, cells(row), strict=True))
+        cell["decode tok/s"] = cell["decode tok/s"].partition(" ")[0]
+        table.add_row(*(cell[title] for title in _SHORT))
     console.print(table)
     for name in ("results.json", "pareto.png", "index.html"):
         console.print(folder / name)
@@ -95,10 +101,13 @@ def plot(results: dict[str, Any], file: Path) -> None:
                   ha="right", rotation=90, color="0.4", fontsize=9)  # fmt: skip
     best = _frontier(rows)
     axes.plot([r["bits_per_value"] for r in best], [_kl(r) for r in best], color="0.75", zorder=1)
-    for i, row in enumerate(sorted(rows, key=lambda r: r["bits_per_value"])):
-        axes.scatter(row["bits_per_value"], _kl(row), s=45, zorder=2)
-        axes.annotate(row["method"], (row["bits_per_value"], _kl(row)), xytext=(7, 6 if i % 2 else -12),
-                      textcoords="offset points", fontsize=9)  # fmt: skip
+    for row in rows:
+        x, y = row["bits_per_value"], _kl(row)
+        axes.scatter(x, y, s=45, zorder=2)
+        below = any(_close(row, other) and y < _kl(other) for other in rows if other is not row)
+        left = full is not None and x > full["bits_per_value"] / 3
+        place = {"xytext": (-7 if left else 7, -14 if below else 6), "ha": "right" if left else "left"}
+        axes.annotate(row["method"], (x, y), textcoords="offset points", fontsize=9, **place)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -111,6 +120,12 @@ def plot(results: dict[str, Any], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file)
     plt.close(figure)
+
+
+def _close(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two points are so near that labels on the same side would collide."""
+    near_x = max(a["bits_per_value"], b["bits_per_value"]) < 1.6 * min(a["bits_per_value"], b["bits_per_value"])
+    return near_x and max(_kl(a), _kl(b)) < 5 * min(_kl(a), _kl(b))
 
 
 def _kl(row: dict[str, Any]) -> float:

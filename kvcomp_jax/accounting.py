@@ -89,7 +89,9 @@ def _staged_bytes(tree: Any) -> int:
             total += prompt.filled.nbytes
             if prompt.staged is not None:
                 share = int(np.asarray(prompt.filled).sum()) * prompt.staged.k.shape[1]
-                per_token = sum(x.dtype.itemsize * (x.shape[-1] if x.ndim == 4 else 1) for x in jax.tree.leaves(prompt.staged))
+                per_token = sum(
+                    x.dtype.itemsize * (x.shape[-1] if x.ndim == 4 else 1) for x in jax.tree.leaves(prompt.staged)
+                )
                 total += share * per_token
     return total
 

@@ -84,9 +84,7 @@ def settle(cache: LayerCache) -> LayerCache:
     index = cache.settled[:, None] + jnp.arange(size, dtype=jnp.int32)[None]  # [B, P]
     slot = (index % spec.window_slots)[:, None]
     heads = cache.window.k.shape[:2]
-    rows = jax.tree.map(
-        lambda x: jnp.take_along_axis(x, slot if x.ndim == 3 else slot[..., None], 2), cache.window
-    )
+    rows = jax.tree.map(lambda x: jnp.take_along_axis(x, slot if x.ndim == 3 else slot[..., None], 2), cache.window)
     pos = jnp.where(due[:, None], index + spec.policy.num_sinks, -1)
     exact = Identity().bind(rows.k.dtype)
     block = Block(

@@ -59,9 +59,7 @@ class CachePlan:
         """Decode steps between two calls of `settle`."""
         return min((spec.block_size for spec in self.specs if spec.rungs), default=2**30)
 
-    def init(
-        self, *, batch: int, dtype: Any, prompt_lens: Sequence[int] | None = None
-    ) -> tuple[LayerCache, ...]:
+    def init(self, *, batch: int, dtype: Any, prompt_lens: Sequence[int] | None = None) -> tuple[LayerCache, ...]:
         """Return an empty cache for every layer.
 
         Args:
@@ -106,9 +104,7 @@ def clip(spec: LayerSpec, max_len: int) -> LayerSpec:
         step = spec.block_size if spec.policy.fifo else rung.unit
         return dataclasses.replace(rung, capacity=min(rung.capacity, -(-max_len // step) * step))
 
-    return dataclasses.replace(
-        spec, window=min(spec.window, max_len), rungs=tuple(fit(rung) for rung in spec.rungs)
-    )
+    return dataclasses.replace(spec, window=min(spec.window, max_len), rungs=tuple(fit(rung) for rung in spec.rungs))
 
 
 def localise(spec: LayerSpec, sliding_window: int, max_len: int, head_dim: int) -> LayerSpec:

@@ -238,7 +238,9 @@ def _run(settings: tuple[Any, ...], params: Any, state: _State, until: jax.Array
     def step(state: _State) -> _State:
         keys = jax.vmap(lambda key: jax.random.fold_in(key, state.step))(state.keys)
         token = jnp.where(state.done, -1, sample(sampling, keys, state.logits))
-        ended = (token[:, None] == jnp.asarray(eos_ids, jnp.int32)[None]).any(-1) if eos_ids else jnp.zeros_like(state.done)
+        ended = (
+            (token[:, None] == jnp.asarray(eos_ids, jnp.int32)[None]).any(-1) if eos_ids else jnp.zeros_like(state.done)
+        )
         done = state.done | ended
         real = jnp.where(done, 0, 1).astype(jnp.int32)  # rows that ended keep their caches as they are
         logits, caches = model.apply(params, jnp.maximum(token, 0)[:, None], state.caches, real, logits="last")

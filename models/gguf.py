@@ -107,7 +107,9 @@ def _open(file: Path) -> Any:
     try:
         return gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{file}: not a whole GGUF file: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise CheckpointError(
+            f"{file}: not a whole GGUF file: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
 
 
 def _config(file: Path, reader: Any) -> ModelConfig:
@@ -117,7 +119,9 @@ def _config(file: Path, reader: Any) -> ModelConfig:
         raise CheckpointError(
             f"{file}: architecture {architecture!r} is not supported; supported: {', '.join(_ARCHITECTURES)}."
         )
-    values = {name: fields[f"{architecture}.{key}"] for key, name in _SIZES.items() if f"{architecture}.{key}" in fields}
+    values = {
+        name: fields[f"{architecture}.{key}"] for key, name in _SIZES.items() if f"{architecture}.{key}" in fields
+    }
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     values["model_type"] = _ARCHITECTURES[architecture]
     values["tie_word_embeddings"] = "output.weight" not in tensors

@@ -173,7 +173,9 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # its errors have no common base: network, names, permissions
-        raise CheckpointError(f"{name}: no such folder, and the hub did not give it: {error}".splitlines()[0]) from error
+        raise CheckpointError(
+            f"{name}: no such folder, and the hub did not give it: {error}".splitlines()[0]
+        ) from error
 
 
 @functools.partial(jax.jit, static_argnums=0)

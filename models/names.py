@@ -73,7 +73,7 @@ def ignored(name: str) -> bool:
 
 
 def place(config: ModelConfig, name: str) -> str | None:
-    """Our path for a checkpoint's tensor, "[a|b].." where it holds several, " T" where it is transposed; None unknown."""
+    """Our path for a checkpoint's tensor, None if unknown; "[a|b]" in it names several, " T" a transposed one."""
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             name = name[len(prefix) :]

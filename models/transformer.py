@@ -19,9 +19,7 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, rotation: Any, cache: Cache, length: jax.Array | None
-    ) -> tuple[jax.Array, Cache]:
+    def __call__(self, x: jax.Array, rotation: Any, cache: Cache, length: jax.Array | None) -> tuple[jax.Array, Cache]:
         """[B, T, M] -> [B, T, M] and the cache."""
         c = self.config
 
@@ -35,7 +33,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens to logits, with or without caches. Layers are unrolled: on CPU a scan over stacked weights is 3x slower."""
+    """Tokens to logits, with or without caches.
+
+    Layers are unrolled: on CPU a scan over stacked weights is three times slower.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.float32

@@ -92,9 +92,7 @@ class Method:
         """Names of the parts, joined by +."""
         return "+".join(name for name, _ in self.parts)
 
-    def spec(
-        self, *, max_len: int, head_dim: int, prompt_len: int | None = None, num_kv_heads: int = 1
-    ) -> LayerSpec:
+    def spec(self, *, max_len: int, head_dim: int, prompt_len: int | None = None, num_kv_heads: int = 1) -> LayerSpec:
         """Return the spec of a single layer without sliding window."""
         layout = Layout(num_layers=1, num_kv_heads=num_kv_heads, head_dim=head_dim)
         return self.plan(layout, max_len=max_len, prompt_len=prompt_len).specs[0]
@@ -133,7 +131,9 @@ def parse(text: str) -> Method:
     parts = tuple(_parse_part(part.strip()) for part in text.split("+"))
     axes = sorted(METHODS[name].axis for name, _ in parts)
     if len(parts) > 1 and axes != ["quantise", "select"]:
-        raise ValueError(f"{text!r}: a composition is one selecting and one quantising method, not {' and '.join(axes)}.")
+        raise ValueError(
+            f"{text!r}: a composition is one selecting and one quantising method, not {' and '.join(axes)}."
+        )
     return Method(parts)
 
 

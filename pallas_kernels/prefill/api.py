@@ -69,18 +69,14 @@ def mass(
       f32[B, K, S], summed over queries and over the G heads of a group. No T x S matrix is stored.
     """
     _check(q, k, k, start, implementation)
-    return _BACKENDS[implementation].mass(
-        q, k, lse, start, length, soft_cap=soft_cap, sliding_window=sliding_window
-    )
+    return _BACKENDS[implementation].mass(q, k, lse, start, length, soft_cap=soft_cap, sliding_window=sliding_window)
 
 
 def _check(q, k, v, start, implementation) -> None:
     if implementation not in _BACKENDS:
         raise ValueError(f"implementation={implementation!r} must be one of None, 'blocked', 'reference'.")
     if q.ndim != 5 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(
-            f"prefill needs q [B, K, G, T, D] and k, v [B, K, S, D]; got {q.shape}, {k.shape}, {v.shape}."
-        )
+        raise ValueError(f"prefill needs q [B, K, G, T, D] and k, v [B, K, S, D]; got {q.shape}, {k.shape}, {v.shape}.")
     if q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1] or start.shape != q.shape[:1]:
         raise ValueError(
             f"prefill needs equal B, K and D in q, k and start [B]; got {q.shape}, {k.shape}, {start.shape}."

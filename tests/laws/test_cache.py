@@ -22,14 +22,20 @@ def run(text, q, k, v, lengths, *, steps=STEPS, heads=(4, 2), window=None, dtype
     """Prefill `lengths` tokens a row, then decode the next `steps`; returns both outputs and the cache."""
     prompt = max(lengths)
     cache = make(
-        text, batch=len(lengths), num_kv_heads=heads[1], max_len=prompt + steps, prompt_lens=lengths, window=window, dtype=dtype
+        text,
+        batch=len(lengths),
+        num_kv_heads=heads[1],
+        max_len=prompt + steps,
+        prompt_lens=lengths,
+        window=window,
+        dtype=dtype,
     )
     length = jnp.array(lengths)
     wrap = jax.jit if jit else (lambda f: f)
     out, cache = wrap(kvc.prefill)(cache, q[:, :prompt], k[:, :prompt], v[:, :prompt], length)
     after_prompt = cache
     at = length[:, None] + jnp.arange(steps)[None]
-    pick = lambda x: jnp.take_along_axis(x, at[..., None, None], 1)  # noqa: E731
+    pick = lambda x: jnp.take_along_axis(x, at[..., None, None], 1)
     decoded, cache = decode_many(cache, pick(q), pick(k), pick(v), wrap(kvc.decode), wrap(kvc.settle))
     return out, decoded, cache, after_prompt
 
@@ -38,7 +44,13 @@ def exact(q, k, v, window=None):
     return kvc.causal_attention(q, k, v, sliding_window=window)
 
 
-EXACT = ["full:block_size=16", "full:block_size=64", "h2o:budget=200", "h2o:budget=200,block_size=8", "streaming_llm:budget=200"]
+EXACT = [
+    "full:block_size=16",
+    "full:block_size=64",
+    "h2o:budget=200",
+    "h2o:budget=200,block_size=8",
+    "streaming_llm:budget=200",
+]
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
@@ -153,7 +165,12 @@ def test_prefill_then_decode_leaves_the_cache_of_a_longer_prefill(text):
             chex.assert_trees_all_equal((x.k, x.v), (y.k, y.v))
 
 
-BUDGETED = [("streaming_llm:budget=40", 40), ("h2o:budget=40", 40), ("h2o:budget=40,num_sinks=3", 40), ("h2o:budget=0.5", 35)]
+BUDGETED = [
+    ("streaming_llm:budget=40", 40),
+    ("h2o:budget=40", 40),
+    ("h2o:budget=40,num_sinks=3", 40),
+    ("h2o:budget=0.5", 35),
+]
 
 
 @pytest.mark.parametrize(("text", "budget"), BUDGETED)
@@ -165,7 +182,9 @@ def test_evicting_caches_hold_exactly_their_budget(text, budget):
     assert_no_duplicates(cache)
 
 
-@pytest.mark.parametrize("text", ["h2o:budget=90+int4", "h2o:budget=64,block_size=4", "streaming_llm:budget=100+kivi:bits=4"])
+@pytest.mark.parametrize(
+    "text", ["h2o:budget=90+int4", "h2o:budget=64,block_size=4", "streaming_llm:budget=100+kivi:bits=4"]
+)
 def test_block_wise_evicting_caches_never_exceed_their_budget(text):
     q, k, v = qkv(8, 1, 260)
     _, _, cache, after_prompt = run(text, q, k, v, [180], steps=80)

@@ -50,7 +50,9 @@ def test_affine_error_is_half_a_step_beyond_metadata_rounding(codec, seed, scale
     )
     unit = float(jnp.finfo(codec.metadata_dtype).eps)
     largest = jnp.abs(x).max()
-    slack = 4 * unit * largest + (2**codec.bits) * unit * step + float(jnp.finfo(codec.metadata_dtype).tiny) * 2**codec.bits
+    slack = (
+        4 * unit * largest + (2**codec.bits) * unit * step + float(jnp.finfo(codec.metadata_dtype).tiny) * 2**codec.bits
+    )
     assert bool((jnp.abs(codec.decode(enc, pos) - x) <= step / 2 + slack).all())
 
 
