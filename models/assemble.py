@@ -1,6 +1,7 @@
 """From a stream of named tensors to a checked parameter tree."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,50 +10,79 @@ import numpy as np
 
 from models.config import ModelConfig
 from models.errors import CheckpointError
-from models.names import flatten, ignored, pieces, place, unflatten
+from models.names import Names, flatten, pieces, unflatten
 from models.transformer import param_shapes
 
+_HEAD, _TABLE = "lm_head.weight", "embed_tokens.weight"
 
-def assemble(config: ModelConfig, tensors: Iterable[tuple[str, str, np.ndarray]], dtype: Any) -> Any:
-    """Place (file, name, tensor) triples one at a time; at most one tensor is held beside what is placed.
+
+def assemble(
+    config: ModelConfig, names: Names, tensors: Iterable[tuple[Path, str, np.ndarray]], dtype: Any, source: Path
+) -> Any:
+    """Build the parameter tree, placing (file, name, tensor) triples one at a time.
+
+    Args:
+      config: What to expect.
+      names: How the checkpoint names its tensors.
+      tensors: Read when asked for, so that one tensor at most is held beside what is placed.
+      dtype: Of the parameters.
+      source: The checkpoint, for messages about tensors that are in none of its files.
 
     Raises:
-      CheckpointError: Naming file and tensor, if one is unexpected, twice there, of a wrong shape, or missing.
+      CheckpointError: Naming file and tensor, if one is unexpected, twice there, not of floats, of a wrong shape, or
+        missing.
     """
     expected = flatten(param_shapes(config)["params"])
     placed: dict[str, jax.Array] = {}
-    tied, file = None, "the checkpoint"
+    tied: tuple[str, np.ndarray] | None = None
     for file, name, tensor in tensors:
-        if ignored(name):
-            continue
-        path = place(config, name)
-        if path is None:
-            raise CheckpointError(f"{file}: unexpected tensor {name!r} for a {config.family} model.")
-        for ours, part in pieces(config, path, tensor):
-            if ours == "lm_head.weight" and config.tie_embeddings:
-                tied = (name, part)
+        where = f"{file}: tensor {name!r}"
+        for path, part in _parts(config, names, where, name, tensor):
+            if path == _HEAD and config.tie_embeddings:
+                tied = (where, part)
                 continue
-            if ours not in expected:
-                raise CheckpointError(f"{file}: tensor {name!r} has no place in this {config.family} configuration.")
-            if ours in placed:
-                raise CheckpointError(f"{file}: tensor {name!r} is there twice.")
-            if part.shape != expected[ours].shape:
-                raise CheckpointError(
-                    f"{file}: tensor {name!r} gives {ours} the shape {part.shape}, expected {expected[ours].shape}."
-                )
-            placed[ours] = jnp.asarray(np.ascontiguousarray(part), dtype)
-    missing = sorted(set(expected) - set(placed))
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise CheckpointError(f"{file}: no tensor for {', '.join(missing[:5])}{more}.")
+            _check(config, where, path, part, expected.get(path))
+            if path in placed:
+                raise CheckpointError(f"{where} is there twice.")
+            placed[path] = jnp.asarray(np.ascontiguousarray(part, dtype=dtype))
+    _check_complete(source, names, [path for path in expected if path not in placed])
     if tied is not None:
-        _check_tied(file, *tied, placed["embed_tokens.weight"])
+        _check_tied(*tied, placed[_TABLE])
     return {"params": unflatten({path: placed[path] for path in expected})}
 
 
-def _check_tied(file: str, name: str, head: np.ndarray, table: jax.Array) -> None:
-    """A stored head of a model whose config ties it must be the embedding."""
-    if head.shape != table.shape or not np.array_equal(jnp.asarray(np.asarray(head), table.dtype), table):
-        raise CheckpointError(
-            f"{file}: tensor {name!r} differs from the embedding although config.json has tie_word_embeddings=true."
-        )
+def _parts(
+    config: ModelConfig, names: Names, where: str, name: str, tensor: np.ndarray
+) -> Iterable[tuple[str, np.ndarray]]:
+    """Our parameters in a tensor; none if it is no parameter."""
+    if names.ignores(name):
+        return []
+    path = names.place(name)
+    if path is None:
+        raise CheckpointError(f"{where} is unexpected: a {config.family} model has no such parameter.")
+    if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
+        raise CheckpointError(f"{where} has dtype {tensor.dtype}; float32, float16 and bfloat16 are supported.")
+    try:
+        return list(pieces(config, path, tensor))
+    except CheckpointError as error:
+        raise CheckpointError(f"{where} {error}.") from error
+
+
+def _check(config: ModelConfig, where: str, path: str, part: np.ndarray, expected: Any) -> None:
+    if expected is None:
+        raise CheckpointError(f"{where} is unexpected: this {config.family} configuration has no {path}.")
+    if part.shape != expected.shape:
+        raise CheckpointError(f"{where} gives {path} the shape {part.shape}, expected {expected.shape}.")
+
+
+def _check_complete(source: Path, names: Names, missing: list[str]) -> None:
+    absent = sorted({names.source(path) for path in missing})
+    if absent:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        raise CheckpointError(f"{source}: has no tensor {', '.join(map(repr, absent[:5]))}{more}.")
+
+
+def _check_tied(where: str, head: np.ndarray, table: jax.Array) -> None:
+    """A stored head of a model whose configuration ties it must be the embedding."""
+    if head.shape != table.shape or not np.array_equal(head.astype(table.dtype), np.asarray(table)):
+        raise CheckpointError(f"{where} differs from the embedding, although the configuration has it tied.")

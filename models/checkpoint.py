@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.hf import read_json
+from models.names import flatten
 from models.tokenizer import Tokenizer
 from models.transformer import param_shapes
 
@@ -25,10 +27,10 @@ def save(folder: Path, config: ModelConfig, params: Any, tokenizer: Tokenizer | 
     """Write a checkpoint into a folder that does not exist yet or is empty.
 
     Raises:
-      CheckpointError: If the folder holds something.
+      CheckpointError: If the folder holds something, or is a file.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: is not empty; choose another folder.")
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: is there already; choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / _PARAMS).resolve(), params)
@@ -43,18 +45,52 @@ def load_config(folder: Path) -> ModelConfig:
     values = read_json(folder / _CONFIG)
     if values.get("format") != _FORMAT:
         raise CheckpointError(f"{folder / _CONFIG}: format {values.get('format')!r}, this version reads {_FORMAT}.")
-    return ModelConfig.from_dict(values["config"])
+    try:
+        return ModelConfig.from_dict(values["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / _CONFIG}: not a configuration that `save` wrote: {error}") from error
 
 
 def load(folder: Path, dtype: Any) -> tuple[ModelConfig, Any, Tokenizer | None]:
-    """Read what `save` wrote, with parameters in `dtype`."""
+    """Read what `save` wrote, with parameters in `dtype` on the default device.
+
+    Raises:
+      CheckpointError: Naming the file that is damaged, absent, or does not fit the configuration.
+    """
     config = load_config(folder)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=device), param_shapes(config))
+    return config, _restore(folder / _PARAMS, config, dtype), _tokenizer(folder / _TOKENIZER)
+
+
+def _restore(folder: Path, config: ModelConfig, dtype: Any) -> Any:
+    expected = param_shapes(config)
+    device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=device), expected)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; the checkpoint is not whole.")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore((folder / _PARAMS).resolve(), wanted)
-    except (ValueError, FileNotFoundError, KeyError) as error:
-        raise CheckpointError(f"{folder / _PARAMS}: cannot be restored: {str(error).splitlines()[0]}") from error
-    file = folder / _TOKENIZER
-    return config, params, Tokenizer.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+            _check_shapes(folder, checkpointer.metadata(folder.resolve()), expected)
+            return checkpointer.restore(folder.resolve(), wanted)
+    except CheckpointError:
+        raise
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder}: cannot be restored: {why}") from error
+
+
+def _check_shapes(folder: Path, metadata: Any, expected: Any) -> None:
+    """Compare what is stored with what the configuration says, before anything is read."""
+    stored = {path: tuple(leaf.shape) for path, leaf in flatten(metadata.item_metadata.tree).items()}
+    for path, leaf in flatten(expected).items():
+        if stored.get(path) != leaf.shape:
+            here = "is absent" if path not in stored else f"has shape {stored[path]}"
+            raise CheckpointError(f"{folder}: {path} {here}, expected {leaf.shape}.")
+
+
+def _tokenizer(file: Path) -> Tokenizer | None:
+    if not file.exists():
+        return None
+    try:
+        return Tokenizer.from_json(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(f"{file}: not a tokenizer: {error}") from error

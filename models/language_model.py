@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from models import checkpoint, gguf, hf
 from models.config import ModelConfig
 from models.errors import CheckpointError
-from models.precision import default_dtype
+from models.precision import resolve_dtype
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
@@ -101,8 +101,9 @@ def load(path: str | Path, *, dtype: Any = None) -> LanguageModel:
 
     Raises:
       CheckpointError: One line that names the file, the tensor where there is one, and what is wrong.
+      ValueError: If `dtype` is none of float32, bfloat16, float16.
     """
-    dtype = jnp.dtype(dtype or default_dtype())
+    dtype = resolve_dtype(dtype)
     place = locate(path)
     if place.is_file():
         config, params, tokenizer = gguf.load(place, dtype)
@@ -173,9 +174,8 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # its errors have no common base: network, names, permissions
-        raise CheckpointError(
-            f"{name}: no such folder, and the hub did not give it: {error}".splitlines()[0]
-        ) from error
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{name}: no such folder, and the hub did not give it: {why}") from error
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -21,13 +21,13 @@ _ACTIVATIONS = {
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., M] times weight [N, M] transposed, accumulated in float32, in x's dtype.
+    """Multiply x [..., M] by weight [N, M] transposed, in x's dtype, accumulated and returned in float32.
 
     Weights keep the checkpoint's [out, in] orientation: for one token on CPU the product takes 20 ms a step of a
     135M-parameter model, against 27 ms with [in, out].
     """
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight.astype(x.dtype), contract, preferred_element_type=jnp.float32).astype(x.dtype)
+    return lax.dot_general(x, weight.astype(x.dtype), contract, preferred_element_type=jnp.float32)
 
 
 class Linear(nn.Module):
@@ -40,7 +40,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., M] -> [..., features]."""
         weight = self.param("weight", _init(), (self.features, x.shape[-1]))
-        x = matmul(x, weight)
+        x = matmul(x, weight).astype(x.dtype)
         if not self.use_bias:
             return x
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -84,7 +84,7 @@ class Table(nn.Module):
         return self.weight[ids]
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """[..., features] -> [..., rows]."""
+        """[..., features] -> f32[..., rows]."""
         return matmul(x, self.weight)
 
 

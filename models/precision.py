@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 def default_dtype() -> Any:
     """float32 on CPU, bfloat16 on accelerators.
@@ -13,3 +15,18 @@ def default_dtype() -> Any:
     20 ms in float32.
     """
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def resolve_dtype(dtype: Any = None) -> Any:
+    """The numpy dtype of a name or type; None is the default.
+
+    Raises:
+      ValueError: If parameters cannot have it.
+    """
+    try:
+        chosen = jnp.dtype(default_dtype() if dtype is None else dtype)
+    except TypeError as error:
+        raise ValueError(f"dtype={dtype!r} is unknown; choose {', '.join(_DTYPES)}.") from error
+    if chosen.name not in _DTYPES:
+        raise ValueError(f"dtype={chosen.name} is not for parameters; choose {', '.join(_DTYPES)}.")
+    return chosen

