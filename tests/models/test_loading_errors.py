@@ -149,7 +149,10 @@ def test_damaged_checkpoints_of_our_own(tmp_path):
         ("{", ("not valid JSON",)),
         (json.dumps(values | {"format": 99}), ("format 99",)),
         (json.dumps({"format": 1, "config": {}}), ("not a configuration",)),
-        (json.dumps(values | {"config": values["config"] | {"ffn_dim": 100}}), ("mlp.down_proj.weight has shape (64, 128)",)),
+        (
+            json.dumps(values | {"config": values["config"] | {"ffn_dim": 100}}),
+            ("mlp.down_proj.weight has shape (64, 128)",),
+        ),
     ):
         file.write_text(text)
         refused(tmp_path / "a", *parts)
