@@ -95,9 +95,19 @@ def test_whole_words_go_before_merges():
 
 
 PIECES = {  # token -> score; SentencePiece joins the pair whose result scores highest
-    **{"<unk>": 0, "<s>": 0, "</s>": 0},
+    "<unk>": 0,
+    "<s>": 0,
+    "</s>": 0,
     **{f"<0x{i:02X}>": 0 for i in range(256)},
-    **{"he": -1, "ll": -2, "▁w": -3, "llo": -4, "hell": -5, "or": -6, "hello": -7, "▁wor": -8, "▁hello": -9},
+    "he": -1,
+    "ll": -2,
+    "▁w": -3,
+    "llo": -4,
+    "hell": -5,
+    "or": -6,
+    "hello": -7,
+    "▁wor": -8,
+    "▁hello": -9,
     **dict.fromkeys("▁helowrd", -20),
 }
 
