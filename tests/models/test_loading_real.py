@@ -79,13 +79,16 @@ def test_ids_of_the_bible(smollm2):
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_perplexity_is_that_of_another_implementation(smollm2):
-    """17.7241 by transformers on the same weights, float32, eight windows of 1024 without a beginning token."""
+    """17.7194 by transformers 5.23 on these weights and ids, float32, eight windows of 1024 without a beginning token.
+
+    An independent conversion of the same file measured 17.7241, 0.03 % away.
+    """
     ids = smollm2.tokenizer.encode(bible()[1_000_000:1_100_000])
     nats = []
     for window in np.array(ids[: 8 * 1024], np.int32).reshape(8, 1024):
         log_probs = jax.nn.log_softmax(smollm2(window[None])[0, :-1])
         nats.append(-jnp.take_along_axis(log_probs, jnp.asarray(window[1:, None]), 1).mean())
-    assert float(jnp.exp(jnp.mean(jnp.stack(nats)))) == pytest.approx(17.7241, rel=1e-4)
+    assert float(jnp.exp(jnp.mean(jnp.stack(nats)))) == pytest.approx(17.7194, rel=1e-4)
 
 
 def _zeros(folder: Path) -> Path:
