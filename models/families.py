@@ -196,7 +196,7 @@ def _gemma2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Gemma 3 caps no attention logits, whatever its `attn_logit_softcapping` says: the released model has no such code."""
+    """Read a text-only Gemma 3, which caps no attention logits: transformers ignores its `attn_logit_softcapping`."""
     every = config.get("sliding_window_pattern") or 6
     types = config.get("layer_types") or [
         "full_attention" if (i + 1) % every == 0 else "sliding_attention"

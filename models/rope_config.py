@@ -140,7 +140,7 @@ def _given(config: Mapping[str, Any], name: str) -> Params:
     """An object of parameters without its nulls; empty if there is none."""
     params = config.get(name) or {}
     if not isinstance(params, Mapping):
-        raise ValueError(f"{name}={params!r} must be an object of rope parameters.")  # noqa: TRY004, bad data
+        raise ValueError(f"{name}={params!r} must be an object of rope parameters.")
     return {key: value for key, value in params.items() if value is not None}
 
 
