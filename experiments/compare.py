@@ -87,7 +87,8 @@ def check(config: Config, layout: kvc.Layout, methods: list[str]) -> None:
     size = config.context + config.score
     if layout.max_positions is not None and size > layout.max_positions:
         raise ValueError(
-            f"context={config.context} + score={config.score} tokens exceed the model's {layout.max_positions} positions."
+            f"context={config.context} + score={config.score} tokens exceed the model's "
+            f"{layout.max_positions} positions."
         )
     if not 1 <= config.decode_steps <= config.score:
         raise ValueError(f"decode_steps={config.decode_steps} must be between 1 and score={config.score}.")

@@ -106,7 +106,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
         axes.scatter(x, y, s=45, zorder=2)
         below = any(_close(row, other) and y < _kl(other) for other in rows if other is not row)
         left = full is not None and x > full["bits_per_value"] / 3
-        place = {"xytext": (-7 if left else 7, -14 if below else 6), "ha": "right" if left else "left"}
+        place: dict[str, Any] = {"xytext": (-7 if left else 7, -14 if below else 6), "ha": "right" if left else "left"}
         axes.annotate(row["method"], (x, y), textcoords="offset points", fontsize=9, **place)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -120,7 +120,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode, self._ids = tokenizer.decode, []
+        self._decode = tokenizer.decode
+        self._ids: list[int] = []
         self._known = 0  # leading ids whose text is out
 
     def push(self, ids: Sequence[int]) -> str:

@@ -16,7 +16,8 @@ from tests.models.files import GOLDEN, read, to_gguf, write
 
 TEXT = "It isn't 1234 o'clock,  WE'LL see:\n\n  naïve café — 東京 🙂 x=½\t(ok)\r\n don't"
 LLAMA3 = (  # as in the tokenizer.json of Llama 3
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
