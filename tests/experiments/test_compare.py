@@ -35,7 +35,9 @@ def test_windows_are_evenly_spaced():
 def test_metrics_equal_their_definitions():
     p, q, targets = normal(0, 6, 11) * 3, normal(1, 6, 11) * 3, jnp.arange(6)
     nll, kl, top1 = compare_logits(p, q, targets)
-    probs = [np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (np.asarray(p, np.float64), np.asarray(q, np.float64))]
+    probs = [
+        np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (np.asarray(p, np.float64), np.asarray(q, np.float64))
+    ]
     assert float(nll) == pytest.approx(-np.log(probs[1][np.arange(6), np.arange(6)]).mean(), rel=1e-5)
     assert float(kl) == pytest.approx((probs[0] * np.log(probs[0] / probs[1])).sum(-1).mean(), rel=1e-5)
     assert float(top1) == (probs[0].argmax(-1) == probs[1].argmax(-1)).mean()
@@ -72,7 +74,7 @@ def test_the_page_is_self_contained_and_says_what_the_results_say(tmp_path):
         (["--methods", "kivy"], "did you mean 'kivi'"),
         (["--methods", "kivi:group_size=48"], "group_size=48"),
         (["--context", "510"], "exceed the model's 512 positions"),
-        (["--text", "/nowhere.txt"], "no such file"),
+        (["--methods", "full", "--text", "/nowhere.txt"], "no such file"),
         (["--cache-dtype", "int8"], "must be float32, bfloat16 or float16"),
         (["--model", "/nowhere"], "no such file or folder"),
     ],
@@ -80,7 +82,19 @@ def test_the_page_is_self_contained_and_says_what_the_results_say(tmp_path):
 def test_bad_input_is_one_line_and_exit_code_2(options, words, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("some text")
-    args = ["--model", "tests/golden/models/llama", "--text", str(text), "--context", "64", "--score", "16", "--decode-steps", "4", *options]
+    args = [
+        "--model",
+        "tests/golden/models/llama",
+        "--text",
+        str(text),
+        "--context",
+        "64",
+        "--score",
+        "16",
+        "--decode-steps",
+        "4",
+        *options,
+    ]
     assert run(compare.Config, compare.main, args) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
@@ -90,7 +104,14 @@ def test_bad_input_is_one_line_and_exit_code_2(options, words, tmp_path, capsys)
 
 def test_tables_print(capsys):
     assert run(methods.Config, methods.main, []) == 0
-    assert run(memory.Config, memory.main, ["--model", "tests/golden/models/llama", "--context", "256", "--methods", "full;int8"]) == 0
+    assert (
+        run(
+            memory.Config,
+            memory.main,
+            ["--model", "tests/golden/models/llama", "--context", "256", "--methods", "full;int8"],
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "kivi" in out
     assert "MB allocated" in out

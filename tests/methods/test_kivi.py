@@ -25,7 +25,7 @@ def test_codes_of_the_released_quantiser(which, axis, bits, group_size):
     enc = codec.encode(jnp.asarray(golden[which]), None)
     name = f"b{bits}_g{group_size}"
     np.testing.assert_array_equal(unpack(enc.codes, bits), golden[f"{which}_codes_{name}"])
-    np.testing.assert_allclose(codec.decode(enc, None), golden[f"{which}_hat_{name}"], atol=2e-6)
+    np.testing.assert_allclose(codec.decode(enc, None), golden[f"{which}_hat_{name}"], rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
@@ -70,8 +70,8 @@ def test_outliers_stay_where_they_are():
         (v_codec, x.at[:, 5].mul(100), np.delete(np.arange(64), 5)),
     ):
         a, b = (codec.decode(codec.encode(y, None), None) for y in (x, spoiled))
-        pick = (lambda y: y[..., other]) if codec is k_codec else (lambda y: y[:, other])
-        chex.assert_trees_all_equal(pick(a), pick(b))
+        along = 2 if codec is k_codec else 1
+        chex.assert_trees_all_equal(jnp.take(a, other, along), jnp.take(b, other, along))
 
 
 @pytest.mark.parametrize(("residual", "ratio"), [(128, 4.995), (32, 5.245)])

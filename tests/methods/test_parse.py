@@ -9,7 +9,8 @@ LAYOUT = kvc.Layout(num_layers=3, num_kv_heads=2, head_dim=64, sliding_windows=(
 
 
 @pytest.mark.parametrize(
-    "text", ["full", "kivi:bits=2,group_size=32", "h2o:budget=0.5+int4", "kivi:k_bits=4,v_bits=2+streaming_llm:budget=300"]
+    "text",
+    ["full", "kivi:bits=2,group_size=32", "h2o:budget=0.5+int4", "kivi:k_bits=4,v_bits=2+streaming_llm:budget=300"],
 )
 def test_text_round_trips(text):
     assert str(kvc.parse(text)) == text
@@ -61,7 +62,9 @@ def test_fractions_need_the_prompt():
         kvc.parse("h2o:budget=0.5").plan(LAYOUT, max_len=512)
 
 
-@pytest.mark.parametrize("text", ["full", "int8", "kivi:bits=2", "h2o:budget=64", "streaming_llm:budget=0.5", "h2o:budget=0.5+int4"])
+@pytest.mark.parametrize(
+    "text", ["full", "int8", "kivi:bits=2", "h2o:budget=64", "streaming_llm:budget=0.5", "h2o:budget=0.5+int4"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forecasts_equal_the_real_caches(text, dtype):
     lengths = [300, 170, 129]
