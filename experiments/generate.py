@@ -69,7 +69,8 @@ def main(config: Config) -> None:
     if config.method != "full" and not saves(stats.cache, stats.full):
         console.print("no bytes saved: the text is too short for this method to compress anything")
     console.print(
-        f"prefill {stats.prefill_s:.2f} s, decode {stats.tokens_per_s:.1f} tokens/s, compiling {stats.compile_s:.1f} s"
+        f"prefill {stats.prefill_s:.2f} s, decode {stats.tokens_per_s:.1f} tokens/s, "
+        f"compilation {stats.compile_s:.1f} s"
     )
 
 

@@ -21,10 +21,7 @@ def fill(cache: LayerCache, prompt: Exact, length: jax.Array) -> LayerCache:
     after_sinks = jnp.maximum(length - policy.num_sinks, 0)
     old = jnp.maximum(after_sinks - cache.window_limit, 0)
     settled = _whole_blocks(cache, old) if cache.spec.rungs else jnp.zeros_like(old)
-    if policy.fifo:
-        tiers = _fill_by_age(cache, prompt, settled)
-    else:
-        tiers = _fill_by_score(cache, prompt, settled)
+    tiers = (_fill_by_age if policy.fifo else _fill_by_score)(cache, prompt, settled)
     filled = dataclasses.replace(cache, tiers=tiers, settled=settled)
     return overlay(filled, prompt, jnp.zeros_like(length), length)
 

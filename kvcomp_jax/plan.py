@@ -34,7 +34,9 @@ class Layout:
 class Planner(Protocol):
     """Whatever can make a plan for a prompt of another length; `Method` is one."""
 
-    def plan(self, layout: Layout, *, max_len: int, prompt_len: int | None = None) -> "CachePlan": ...
+    def plan(self, layout: Layout, *, max_len: int, prompt_len: int | None = None) -> "CachePlan":
+        """Return the specs of all layers."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,10 @@ class CachePlan:
         """
         if prompt_lens is not None and len(prompt_lens) != batch:
             raise ValueError(f"prompt_lens has {len(prompt_lens)} entries for batch={batch}.")
-        sizes = dict(batch=batch, num_kv_heads=self.layout.num_kv_heads, head_dim=self.layout.head_dim)
-        caches = tuple(init(spec, **sizes, dtype=dtype) for spec in self.specs)
+        heads, head_dim = self.layout.num_kv_heads, self.layout.head_dim
+        caches = tuple(
+            init(spec, batch=batch, num_kv_heads=heads, head_dim=head_dim, dtype=dtype) for spec in self.specs
+        )
         if prompt_lens is None:
             return caches
         rows = self.row_plans(prompt_lens)

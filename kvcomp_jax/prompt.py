@@ -1,6 +1,7 @@
 """Filling a cache: exact attention inside the prompt, in one pass or in chunks, then compression in one go."""
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,8 @@ def prefill(
       out [B, T, H, D] in q's dtype, and the cache.
     """
     prompt = open_prompt(cache, 0, final=True)
-    return extend(prompt, q, k, v, length, sm_scale=sm_scale, soft_cap=soft_cap)
+    out, closed = extend(prompt, q, k, v, length, sm_scale=sm_scale, soft_cap=soft_cap)
+    return out, cast(LayerCache, closed)
 
 
 def attend(

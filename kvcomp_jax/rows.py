@@ -14,7 +14,8 @@ def insert_row(caches: Any, row: jax.Array | int, one: Any) -> Any:
     Raises:
       ValueError: If the two differ in structure or shapes, or `one` has not exactly one row.
     """
-    if jax.tree.structure(caches) != jax.tree.structure(one):
+    many_def, one_def = jax.tree.structure(caches), jax.tree.structure(one)
+    if many_def != one_def:  # type: ignore[operator]
         raise ValueError("insert_row needs caches of the same plan: their structures differ.")
 
     def put(many: jax.Array, single: jax.Array) -> jax.Array:

@@ -153,10 +153,10 @@ def _read_chunk(
     whole: jax.Array,
     logits: jax.Array,
     prompt: tuple[Any, ...],
-) -> tuple[jax.Array, tuple[Any, ...]]:
+) -> tuple[jax.Array, Any]:
     """One pass over the prompts; rows that end in this chunk leave their logits."""
-    last, prompt = model.apply(params, tokens, prompt, length, logits="last", rope_len=whole)
-    return jnp.where((length > 0)[:, None], last, logits), prompt
+    last, read = model.apply(params, tokens, prompt, length, logits="last", rope_len=whole)
+    return jnp.where((length > 0)[:, None], last, logits), read
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -183,7 +183,8 @@ def _decode(
         state = jax.block_until_ready(run(lm.params, state, jnp.int32(max_new_tokens)))
         seconds = time.perf_counter() - start
         ids = [[int(t) for t in row if t >= 0] for row in np.asarray(state.tokens)]
-        return state, lm.tokenizer and [lm.tokenizer.decode(row) for row in ids], seconds, compile_s
+        texts = None if lm.tokenizer is None else [lm.tokenizer.decode(row) for row in ids]
+        return state, texts, seconds, compile_s
     for step in range(max_new_tokens):
         state = run(lm.params, state, jnp.int32(step + 1))
         ended = watched.push(np.asarray(state.tokens[:, step]))
@@ -311,7 +312,10 @@ def _encode(lm: LanguageModel, prompts: Any) -> list[list[int]]:
         raise ValueError("no prompts given.")
     if any(isinstance(p, str) for p in prompts) and lm.tokenizer is None:
         raise ValueError("this model has no tokenizer; give prompts as lists of ids.")
-    ids = [lm.tokenizer.encode(p, add_special_tokens=True) if isinstance(p, str) else list(p) for p in prompts]
+    tokenizer = lm.tokenizer
+    ids = [
+        tokenizer.encode(p, add_special_tokens=True) if tokenizer and isinstance(p, str) else list(p) for p in prompts
+    ]
     for i, row in enumerate(ids):
         if not row:
             raise ValueError(f"prompt {i} is empty; it must have at least one token.")

@@ -138,7 +138,7 @@ def read_config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelC
         values |= _rope(architecture, fields, tensors, values)
     if architecture in _GEMMA_27B_LAYERS:
         wide = values["num_hidden_layers"] == _GEMMA_27B_LAYERS[architecture]
-        per_head = values["hidden_size"] // values["num_attention_heads"]
+        per_head = int(values["hidden_size"] or 0) // int(values["num_attention_heads"] or 1)
         values["query_pre_attn_scalar"] = per_head if wide else values.get("head_dim")
     return _adjusted(ModelConfig.from_hf(values), tensors)
 

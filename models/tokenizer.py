@@ -115,11 +115,13 @@ class TextStream:
     """Turn ids that come one by one into text that is final: characters of several tokens are held back.
 
     What comes is decoded behind the tokens of the piece before it, because a decoder may treat a text's first token
-    apart. The pieces and what `finish` returns make up the text of all ids.
+    apart. The pieces and what `finish` returns make up the text of all ids, but for bytes that are no UTF-8, which some
+    decoders replace together with the good ones before them.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode, self._ids = tokenizer.decode, []
+        self._decode = tokenizer.decode
+        self._ids: list[int] = []
         self._known = 0  # leading ids whose text is out
 
     def push(self, ids: Sequence[int]) -> str:

