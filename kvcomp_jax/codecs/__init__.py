@@ -1,7 +1,7 @@
 """How a block of K or V rows is stored: one codec a file."""
 
-from kvcomp_jax.codecs.affine import Affine, Grouped
+from kvcomp_jax.codecs.affine import Affine
 from kvcomp_jax.codecs.base import Codec, Encoded
 from kvcomp_jax.codecs.identity import Identity
 
-__all__ = ["Affine", "Codec", "Encoded", "Grouped", "Identity"]
+__all__ = ["Affine", "Codec", "Encoded", "Identity"]

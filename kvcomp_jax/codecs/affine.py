@@ -6,19 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from kvcomp_jax.codecs.base import Codec
-from kvcomp_jax.codecs.packing import BITS, pack, pack_unit, unpack
 from kvcomp_jax.types import pytree, static
+from pallas_kernels.formats import Format, Quantized
+from pallas_kernels.packing import BITS, pack_unit
+from pallas_kernels.quantize_pack import dequantize, quantize_pack
 
 AXES = ("token", "channel")
-
-
-@pytree
-class Grouped:
-    """Packed codes with one scale and zero point a group; x ~ codes * scale + zero_point."""
-
-    codes: jax.Array  # u32[*b, S * bits // 32, D], words along tokens; u8[*b, S, D] at 8 bits
-    scale: jax.Array  # [*b, S, D // group_size] per token, [*b, S // group_size, D] per channel
-    zero_point: jax.Array | None  # as scale, in units of x; None when symmetric
 
 
 @pytree
@@ -60,29 +53,19 @@ class Affine(Codec):
         """Tokens that share a word or a scale."""
         return (self.group_size or 1) if self.axis == "channel" else pack_unit(self.bits)
 
-    def encode(self, x: jax.Array, pos: jax.Array) -> Grouped:
+    def format(self, head_dim: int) -> Format:
+        """What the arrays of an encoding of rows of `head_dim` mean."""
+        return Format(self.bits, self.axis, self.group_size or head_dim, self.symmetric, self.metadata_dtype)
+
+    def encode(self, x: jax.Array, pos: jax.Array) -> Quantized:
         """Quantise x [*b, S, D]; S a multiple of `unit`."""
         del pos
-        groups = self._split(x.astype(jnp.float32))
-        scale, zero_point = self._fit(groups)
-        codes = (groups - zero_point) / jnp.where(scale > 0, scale, 1.0)
-        codes = jnp.round(jnp.clip(codes, 0, self._num_levels - 1)).astype(jnp.uint8).reshape(x.shape)
-        axis = self._group_axis
-        kept = None if self.symmetric else zero_point.squeeze(axis).astype(self.metadata_dtype)
-        scale = scale.squeeze(axis).astype(self.metadata_dtype)
-        return Grouped(codes=pack(codes, self.bits), scale=scale, zero_point=kept)
+        return quantize_pack(x, self.format(x.shape[-1]))
 
-    def decode(self, enc: Grouped, pos: jax.Array) -> jax.Array:
+    def decode(self, enc: Quantized, pos: jax.Array) -> jax.Array:
         """Return codes * scale + zero_point, f32[*b, S, D]."""
         del pos
-        codes = unpack(enc.codes, self.bits)
-        shape = codes.shape
-        scale = jnp.expand_dims(enc.scale.astype(jnp.float32), self._group_axis)
-        if enc.zero_point is None:
-            zero_point = -scale * (self._num_levels // 2)
-        else:
-            zero_point = jnp.expand_dims(enc.zero_point.astype(jnp.float32), self._group_axis)
-        return (self._split(codes).astype(jnp.float32) * scale + zero_point).reshape(shape)
+        return dequantize(enc, self.format(enc.codes.shape[-1]))
 
     def nbits(self, num_tokens: int, head_dim: int) -> int:
         """Bits of the codes and the metadata; `num_tokens` counts in whole units."""
@@ -102,34 +85,3 @@ class Affine(Codec):
         if self.axis == "channel" and block_size % self.unit:
             raise ValueError(f"group_size={self.group_size} must divide block_size={block_size} when axis='channel'.")
         super().check(head_dim, block_size)
-
-    @property
-    def _num_levels(self) -> int:
-        return 2**self.bits - 1 if self.symmetric else 2**self.bits
-
-    @property
-    def _group_axis(self) -> int:
-        """Axis of a split array along which one group runs."""
-        return -1 if self.axis == "token" else -2
-
-    def _split(self, x: jax.Array) -> jax.Array:
-        """[*b, S, D] -> [*b, S, D/g, g] per token, [*b, S/g, g, D] per channel."""
-        *b, num_tokens, head_dim = x.shape
-        if self.axis == "channel":
-            return x.reshape(*b, num_tokens // self.unit, self.unit, head_dim)
-        group_size = self.group_size or head_dim
-        return x.reshape(*b, num_tokens, head_dim // group_size, group_size)
-
-    def _fit(self, groups: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Scale and zero point of each group, rounded to the stored dtype, in float32."""
-        axis = self._group_axis
-        if self.symmetric:
-            scale = jnp.abs(groups).max(axis, keepdims=True) / (self._num_levels // 2)
-            scale = self._stored(scale)
-            return scale, -scale * (self._num_levels // 2)
-        low, high = groups.min(axis, keepdims=True), groups.max(axis, keepdims=True)
-        return self._stored((high - low) / (self._num_levels - 1)), self._stored(low)
-
-    def _stored(self, x: jax.Array) -> jax.Array:
-        largest = float(jnp.finfo(self.metadata_dtype).max)
-        return jnp.clip(x, -largest, largest).astype(self.metadata_dtype).astype(jnp.float32)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcomp_jax.codecs import Affine, Identity
-from kvcomp_jax.codecs.packing import BITS, pack, pack_unit, unpack
+from pallas_kernels.packing import BITS, pack, pack_unit, unpack
 from tests.laws.parts import CODECS, HEAD_DIM, normal
 
 

@@ -1,0 +1,126 @@
+"""Which backend of an operation runs: by platform at trace time, or by name.
+
+An operation is a folder of modules, one a backend, each with the same functions:
+
+- `reference`: plain JAX, the definition; may store what it decodes.
+- `blocked`: plain JAX that XLA compiles well: a block is decoded, used and forgotten. CPU, and whoever has no kernel.
+- `tpu`: Pallas, Mosaic TPU. `hopper`: Pallas, Mosaic GPU, H100 and newer. `gpu`: Triton through jax-triton, Ampere and
+  newer.
+
+A backend that cannot take a call raises `Unsupported` with the reason while it is traced.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+BACKENDS = ("reference", "blocked", "tpu", "hopper", "gpu")
+_ORDER = {"cpu": ("blocked", "reference"), "tpu": ("tpu", "blocked", "reference"),
+          "gpu": ("hopper", "gpu", "blocked", "reference")}  # fmt: skip
+_INTERPRETED = ("tpu", "hopper", "gpu")
+
+
+class Unsupported(NotImplementedError):
+    """A backend's word that it cannot take a call, and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a program is compiled for.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      capability: CUDA compute capability times ten, e.g. 90; 0 where there is none.
+    """
+
+    platform: str
+    capability: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which backend a call got, and why none of the better ones."""
+
+    operation: str
+    backend: str
+    reasons: tuple[tuple[str, str], ...]  # (backend, why not), best first
+
+
+_target = jax.make_user_context(default_value=None)
+_log: list[list[Choice]] = []
+
+
+def compile_for(target: Target) -> contextlib.AbstractContextManager:
+    """Choose backends for `target` while tracing, instead of for this process's own device (ahead-of-time use)."""
+    return _target(target)
+
+
+def target() -> Target:
+    """What is being compiled for."""
+    if _target.value is not None:
+        return _target.value
+    platform = jax.default_backend()
+    if platform != "gpu":
+        return Target(platform)
+    return Target(platform, round(float(jax.devices()[0].compute_capability) * 10))
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """Collect the choices made while tracing inside the context; what jit has cached makes none."""
+    log: list[Choice] = []
+    _log.append(log)
+    try:
+        yield log
+    finally:
+        _log.remove(log)
+
+
+def call(
+    operation: str, implementation: str | None, *args: Any, function: str = "", interpret: bool = False, **options: Any
+) -> Any:
+    """Run `function` (by default named like the operation) of a backend.
+
+    Args:
+      operation: Folder under `pallas_kernels`.
+      implementation: A backend's name: that one or an error. None: the platform's best that takes the call.
+      args, options: Passed on.
+      function: Which function of the backend's module.
+      interpret: Run a kernel in its interpreter; plain JAX backends ignore it.
+
+    Raises:
+      ValueError: If there is no backend of that name. Unsupported: If it was named and cannot take the call.
+    """
+    if implementation is not None and implementation not in BACKENDS:
+        raise ValueError(f"implementation={implementation!r} must be None or one of {', '.join(BACKENDS)}.")
+    function, reasons = function or operation, []
+    for backend in _ORDER[target().platform] if implementation is None else (implementation,):
+        more = {"interpret": interpret} if backend in _INTERPRETED else {}
+        try:
+            result = _load(operation, backend, function)(*args, **options, **more)
+        except Unsupported as reason:
+            if implementation is not None:
+                raise
+            reasons.append((backend, str(reason)))
+            continue
+        for log in _log:
+            log.append(Choice(operation, backend, tuple(reasons)))
+        return result
+    raise AssertionError(f"{operation} has no reference.")
+
+
+def _load(operation: str, backend: str, function: str) -> Callable[..., Any]:
+    name = f"pallas_kernels.{operation}.{backend}"
+    if importlib.util.find_spec(name) is None:
+        raise Unsupported(f"{operation} has no {backend} backend.")
+    if backend == "gpu" and importlib.util.find_spec("jax_triton") is None:
+        raise Unsupported("the gpu backend needs jax-triton; pip install 'kvcomp_jax[gpu]'.")
+    found = getattr(importlib.import_module(name), function, None)
+    if found is None:
+        raise Unsupported(f"{operation} has no {function} on the {backend} backend.")
+    return found

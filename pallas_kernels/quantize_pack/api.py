@@ -1,0 +1,37 @@
+"""Public functions of quantisation: checks and dispatch."""
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.formats import Format, Quantized
+from pallas_kernels.packing import pack_unit
+from pallas_kernels.quantize_pack import reference
+
+
+def quantize_pack(
+    x: jax.Array, fmt: Format, *, implementation: str | None = None, interpret: bool = False
+) -> Quantized:
+    """Quantise rows to packed codes with a scale and zero point a group, in one pass over x.
+
+    Args:
+      x: [*b, S, D], f32 or bf16. S a multiple of the tokens that share words and, per channel, of `group_size`.
+      fmt: Bits, axis and group size.
+      implementation: See `pallas_kernels.dispatch.call`.
+      interpret: Run a Pallas or Triton backend in its interpreter.
+
+    Raises:
+      ValueError: If `fmt` does not divide x.
+    """
+    *_, num_tokens, dim = x.shape
+    unit = pack_unit(fmt.bits)
+    if num_tokens % unit:
+        raise ValueError(f"x {x.shape} must have a multiple of {unit} tokens at {fmt.bits} bits.")
+    size = dim if fmt.axis == "token" else num_tokens
+    if size % fmt.group_size:
+        raise ValueError(f"group_size={fmt.group_size} must divide {size}, the {fmt.axis} groups' extent of {x.shape}.")
+    return dispatch.call("quantize_pack", implementation, x, fmt, interpret=interpret)
+
+
+def dequantize(enc: Quantized, fmt: Format) -> jax.Array:
+    """Undo `quantize_pack` up to its error: f32[*b, S, D]. The definition; no kernel of ours writes this to memory."""
+    return reference.dequantize(enc, fmt)

@@ -1,0 +1,40 @@
+"""Quantisation to packed codes: every case bit for bit on every backend that can run or be interpreted here."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.formats import Format
+from pallas_kernels.quantize_pack import quantize_pack
+from pallas_kernels.quantize_pack.cases import CASES
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["tpu", "hopper", "gpu"])
+def test_a_backend_equals_the_reference(backend, name):
+    if importlib.util.find_spec(f"pallas_kernels.quantize_pack.{backend}") is None:
+        pytest.skip(f"no {backend} backend yet")
+    args, options = CASES[name].arguments()
+    want = quantize_pack(*args, **options, implementation="reference")
+    try:
+        got = quantize_pack(*args, **options, implementation=backend, interpret=True)
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_jitting_changes_no_bit(name):
+    (x, fmt), options = CASES[name].arguments()
+    eager = quantize_pack(x, fmt, **options)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(quantize_pack, static_argnums=1)(x, fmt), eager)
+
+
+def test_groups_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="group_size=48 must divide 64"):
+        quantize_pack(np.zeros((1, 1, 64, 64)), Format(4, "token", 48))
+    with pytest.raises(ValueError, match="a multiple of 8 tokens at 4 bits"):
+        quantize_pack(np.zeros((1, 1, 63, 64)), Format(4, "token", 32))
