@@ -36,7 +36,7 @@ def live_slots(
     length: jax.Array, pos: jax.Array | None, q_pos: jax.Array | None, num_slots: int, sliding_window: int | None
 ) -> jax.Array:
     """Which slots each query sees: bool[B, 1 or K, 1 or R, S]."""
-    live = (jnp.arange(num_slots) < length[:, None])[:, None, None]  # [B, 1, 1, S]
+    live = (jnp.arange(num_slots)[None] < length[:, None])[:, None, None]  # [B, 1, 1, S]
     if pos is None:
         return live
     here, at = pos[:, :, None, :], q_pos[:, None, :, None]
