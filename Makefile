@@ -17,7 +17,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow and not real_model" $(ARGS)
 
 test-slow: $(VENV)/.test assets
-	$(BIN)/python -m pytest -m "slow or real_model" $(ARGS)
+	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest -m "slow or real_model" $(ARGS)
 
 # What a second interpreter is checked with.
 test-short: $(VENV)/.test

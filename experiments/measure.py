@@ -12,7 +12,9 @@ import numpy as np
 import kvcomp_jax as kvc
 import models
 from experiments.protocol import Score, judge, score_chunk, score_stream
-from models.generate import Stepper, compiled, prefill
+from models.decode_loop import Stepper
+from models.generate import prefill
+from models.programs import compiled
 
 
 def saves(held: kvc.Bytes, full: kvc.Bytes) -> bool:

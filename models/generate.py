@@ -1,4 +1,4 @@
-"""Generation: prompts in chunks, then the whole decode loop on the device."""
+"""Generation: prompts in chunks, then the decode loop."""
 
 import dataclasses
 import functools
@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 import kvcomp_jax as kvc
-from kvcomp_jax.types import pytree
+from models import decode_loop
 from models.language_model import LanguageModel
-from models.sampling import Sampling, sample
-from models.tokenizer import TextStream
+from models.programs import compiled, timed
+from models.sampling import Sampling
 from models.transformer import Transformer
+from models.watch import Watch
 
 CHUNK = 512  # prompt tokens a pass
 
@@ -43,17 +43,6 @@ class Generation:
     texts: list[str] | None
     tokens: list[list[int]]
     stats: Stats
-
-
-@pytree
-class _State:
-    caches: tuple[Any, ...]
-    logits: jax.Array  # f32[B, V], of the next token
-    tokens: jax.Array  # i32[B, max_new_tokens], -1 = none
-    step: jax.Array  # i32[], tokens generated
-    done: jax.Array  # bool[B]
-    keys: jax.Array  # one a row, so that a row draws the same alone
-    since: jax.Array  # i32[], steps since the last settling
 
 
 def generate(
@@ -102,8 +91,11 @@ def generate(
     plan = kvc.parse(method).plan(lm.config.layout, max_len=max_len, prompt_len=max(lengths))
     dtype = cache_dtype or lm.dtype
     caches = plan.init(batch=len(ids), dtype=dtype, prompt_lens=lengths)
-    logits, caches, prefill_s, prefill_compile_s = prefill(lm, ids, caches)
-    state = _start(caches, logits, max_new_tokens, seed)
+    # A cached key keeps its angle, so frequencies that switch at a length (longrope) go by the final one throughout.
+    switching = any(rope is not None and rope.kind == "longrope" for rope in lm.config.ropes)
+    rope_len = jnp.asarray(lengths, jnp.int32) + max_new_tokens if switching else None
+    logits, caches, prefill_s, prefill_compile_s = prefill(lm, ids, caches, rope_len)
+    state = decode_loop.start(caches, logits, max_new_tokens, seed=seed, rope_len=rope_len)
     state, texts, decode_s, compile_s = _decode(lm, plan, sampling, state, stops, stream)
     rows = [[int(t) for t in row if t >= 0] for row in np.asarray(state.tokens)]
     held = kvc.nbytes(state.caches)
@@ -114,9 +106,18 @@ def generate(
 
 
 def prefill(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], caches: tuple[Any, ...]
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    caches: tuple[Any, ...],
+    rope_len: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Any, ...], float, float]:
     """Read prompts into empty caches, `CHUNK` tokens a pass.
+
+    Args:
+      lm: The model.
+      prompts: Ids of each row.
+      caches: Empty, one a layer.
+      rope_len: i32[B], see `Transformer`; None is each prompt's length.
 
     Returns:
       Logits f32[B, V] after each row's last token, the caches, seconds of work and of compilation.
@@ -128,19 +129,20 @@ def prefill(
     for row, ids in zip(tokens, prompts, strict=True):
         row[: len(ids)] = ids
     whole = jnp.asarray(lengths, jnp.int32)
+    rope_len = whole if rope_len is None else rope_len
     prompt = tuple(kvc.open_prompt(c, 0 if passes == 1 else passes * chunk, final=passes == 1) for c in caches)
     logits = jnp.zeros((len(prompts), lm.config.vocab_size))
     work_s = compile_s = 0.0
     for i in range(passes):
         here = jnp.asarray(tokens[:, i * chunk : (i + 1) * chunk])
-        args = (lm.params, here, jnp.clip(whole - i * chunk, 0, chunk), whole, logits, prompt)
-        (logits, prompt), seconds, compiling = _timed(_read_chunk, lm.model, *args)
+        args = (lm.params, here, jnp.clip(whole - i * chunk, 0, chunk), rope_len, logits, prompt)
+        (logits, prompt), seconds, compiling = timed(_read_chunk, lm.model, *args)
         work_s, compile_s = work_s + seconds, compile_s + compiling
     if passes == 1:
         return logits, prompt, work_s, compile_s
     bases = tuple(p.base for p in prompt)
     rest = tuple(dataclasses.replace(p, base=None) for p in prompt)
-    caches, seconds, compiling = _timed(_close, None, bases, rest)
+    caches, seconds, compiling = timed(_close, None, bases, rest)
     return logits, caches, work_s + seconds, compile_s + compiling
 
 
@@ -150,12 +152,12 @@ def _read_chunk(
     params: Any,
     tokens: jax.Array,
     length: jax.Array,
-    whole: jax.Array,
+    rope_len: jax.Array,
     logits: jax.Array,
     prompt: tuple[Any, ...],
 ) -> tuple[jax.Array, Any]:
     """One pass over the prompts; rows that end in this chunk leave their logits."""
-    last, read = model.apply(params, tokens, prompt, length, logits="last", rope_len=whole)
+    last, read = model.apply(params, tokens, prompt, length, logits="last", rope_len=rope_len)
     return jnp.where((length > 0)[:, None], last, logits), read
 
 
@@ -169,15 +171,15 @@ def _decode(
     lm: LanguageModel,
     plan: kvc.CachePlan,
     sampling: Sampling,
-    state: _State,
+    state: decode_loop.State,
     stops: list[str],
     stream: Callable[[int, str], None] | None,
-) -> tuple[_State, list[str] | None, float, float]:
+) -> tuple[decode_loop.State, list[str] | None, float, float]:
     """Run the loop; texts are cut at stop texts."""
     settings = (lm.model, plan.block_size, sampling, lm.config.eos_ids)
     max_new_tokens = state.tokens.shape[1]
-    run, compile_s = compiled(_run, (settings,), lm.params, state, jnp.int32(0))
-    watched = _Watch(lm, len(state.done), stops, stream) if stops or stream else None
+    run, compile_s = compiled(decode_loop.run, (settings,), lm.params, state, jnp.int32(0))
+    watched = Watch(lm, len(state.done), stops, stream) if stops or stream else None
     start = time.perf_counter()
     if watched is None:
         state = jax.block_until_ready(run(lm.params, state, jnp.int32(max_new_tokens)))
@@ -193,115 +195,6 @@ def _decode(
         if bool(state.done.all()):
             break
     return state, watched.finish(), time.perf_counter() - start, compile_s
-
-
-class Stepper:
-    """The decode loop alone, for measurements: a fixed number of greedy steps that nothing ends early."""
-
-    def __init__(self, lm: LanguageModel, plan: kvc.CachePlan, num_steps: int) -> None:
-        self.num_steps, self.compile_s = num_steps, 0.0
-        self._lm, self._settings = lm, (lm.model, plan.block_size, Sampling(), ())
-
-    def start(self, caches: tuple[Any, ...]) -> Any:
-        """Make the loop's state from caches, which it takes over, and compile the loop once."""
-        logits = jnp.zeros((caches[0].length.shape[0], self._lm.config.vocab_size))
-        state = _start(caches, logits, self.num_steps, 0)
-        self._program, seconds = compiled(_run, (self._settings,), self._lm.params, state, jnp.int32(0))
-        self.compile_s += seconds
-        return jax.block_until_ready(state)
-
-    def run(self, state: Any) -> None:
-        """Take all steps and wait for the last."""
-        jax.block_until_ready(self._program(self._lm.params, state, jnp.int32(self.num_steps)))
-
-
-def _start(caches: tuple[Any, ...], logits: jax.Array, max_new_tokens: int, seed: int) -> _State:
-    rows = logits.shape[0]
-    return _State(
-        caches=caches,
-        logits=logits,
-        tokens=jnp.full((rows, max_new_tokens), -1, jnp.int32),
-        step=jnp.int32(0),
-        done=jnp.zeros(rows, bool),
-        keys=jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows)),
-        since=jnp.int32(0),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _run(settings: tuple[Any, ...], params: Any, state: _State, until: jax.Array) -> _State:
-    """Generate until `until` tokens stand in every row that is not done; settle every block_size steps."""
-    model, block_size, sampling, eos_ids = settings
-
-    def going(state: _State) -> jax.Array:
-        return (state.step < until) & ~state.done.all()
-
-    def step(state: _State) -> _State:
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, state.step))(state.keys)
-        token = jnp.where(state.done, -1, sample(sampling, keys, state.logits))
-        ended = (
-            (token[:, None] == jnp.asarray(eos_ids, jnp.int32)[None]).any(-1) if eos_ids else jnp.zeros_like(state.done)
-        )
-        done = state.done | ended
-        real = jnp.where(done, 0, 1).astype(jnp.int32)  # rows that ended keep their caches as they are
-        logits, caches = model.apply(params, jnp.maximum(token, 0)[:, None], state.caches, real, logits="last")
-        tokens = lax.dynamic_update_slice_in_dim(state.tokens, jnp.where(ended, -1, token)[:, None], state.step, 1)
-        return dataclasses.replace(
-            state, caches=caches, logits=logits, tokens=tokens, done=done, step=state.step + 1, since=state.since + 1
-        )
-
-    def block(state: _State) -> _State:
-        state = lax.while_loop(lambda s: going(s) & (s.since < block_size), step, state)
-        return lax.cond(state.since >= block_size, _settle, lambda s: s, state)
-
-    return lax.while_loop(going, block, state)
-
-
-def _settle(state: _State) -> _State:
-    caches = tuple(kvc.settle(cache) for cache in state.caches)
-    return dataclasses.replace(state, caches=caches, since=jnp.int32(0))
-
-
-class _Watch:
-    """Text of each row as it comes: streamed, and searched for stop texts."""
-
-    def __init__(
-        self, lm: LanguageModel, rows: int, stops: list[str], stream: Callable[[int, str], None] | None
-    ) -> None:
-        if lm.tokenizer is None:
-            raise ValueError("stop and stream work on text, and this model has no tokenizer.")
-        self._streams = [TextStream(lm.tokenizer) for _ in range(rows)]
-        self._texts, self._sent, self._ended = [""] * rows, [0] * rows, np.zeros(rows, bool)
-        self._stops, self._stream = stops, stream
-        self._held = max(map(len, stops), default=1) - 1  # a stop text may be under way in the last characters
-
-    def push(self, tokens: np.ndarray) -> np.ndarray:
-        """Add one token a row (-1: none); return which rows have met a stop text, bool[B]."""
-        for row, token in enumerate(tokens):
-            if token >= 0 and not self._ended[row]:
-                self._add(row, self._streams[row].push([int(token)]))
-        return self._ended
-
-    def finish(self) -> list[str]:
-        """Send what was held back and return the texts."""
-        for row, stream in enumerate(self._streams):
-            if not self._ended[row]:
-                self._add(row, stream.finish())
-                self._send(row, len(self._texts[row]))
-        return self._texts
-
-    def _add(self, row: int, text: str) -> None:
-        self._texts[row] += text
-        found = [at for at in (self._texts[row].find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self._texts[row], self._ended[row] = self._texts[row][: min(found)], True
-        end = len(self._texts[row]) - (0 if found else self._held)
-        self._send(row, end)
-
-    def _send(self, row: int, end: int) -> None:
-        if self._stream and end > self._sent[row]:
-            self._stream(row, self._texts[row][self._sent[row] : end])
-            self._sent[row] = end
 
 
 def _encode(lm: LanguageModel, prompts: Any) -> list[list[int]]:
@@ -322,28 +215,3 @@ def _encode(lm: LanguageModel, prompts: Any) -> list[list[int]]:
         if min(row) < 0 or max(row) >= lm.config.vocab_size:
             raise ValueError(f"prompt {i} has an id outside the vocabulary of {lm.config.vocab_size}.")
     return ids
-
-
-def _timed(function: Any, static: Any, *args: Any) -> tuple[Any, float, float]:
-    """Call a compiled program: its result, seconds of work, seconds of compilation."""
-    program, compile_s = compiled(function, (static,), *args)
-    start = time.perf_counter()
-    out = jax.block_until_ready(program(*args))
-    return out, time.perf_counter() - start, compile_s
-
-
-_programs: dict[Any, Any] = {}
-
-
-def compiled(function: Any, static: tuple[Any, ...], *args: Any) -> tuple[Callable, float]:
-    """The compiled program of a jitted function whose first arguments are `static`, and the seconds it took.
-
-    One compilation for each function, static arguments and shapes; 0 seconds if it is there already.
-    """
-    leaves, treedef = jax.tree.flatten(args)
-    key = (function, static, treedef, tuple((x.shape, x.dtype) for x in leaves))
-    start = time.perf_counter()
-    fresh = key not in _programs
-    if fresh:
-        _programs[key] = function.lower(*static, *args).compile()
-    return _programs[key], time.perf_counter() - start if fresh else 0.0

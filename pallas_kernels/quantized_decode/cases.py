@@ -39,11 +39,12 @@ class Case:
         pos = q_pos = None
         if self.positions:
             shape = (batch, heads if self.positions == "per head" else 1, slots)
-            pos = np.where(rng.random(shape) < 0.2, -1, rng.permuted(np.broadcast_to(np.arange(slots), shape), axis=-1))
-            pos, q_pos = jnp.asarray(pos, jnp.int32), jnp.full((batch, self.rows), slots - 3, jnp.int32)
+            places = rng.permuted(np.broadcast_to(np.arange(slots), shape), axis=-1)
+            pos = jnp.asarray(np.where(rng.random(shape) < 0.2, -1, places), jnp.int32)
+            q_pos = jnp.full((batch, self.rows), slots - 3, jnp.int32)
         length = jnp.asarray(self.length, jnp.int32)
-        k, v = quantize_pack(k, self.k_format), quantize_pack(v, self.v_format)
-        return (jnp.asarray(q, self.dtype), k, v, length, pos, q_pos), self.options
+        keys, values = quantize_pack(k, self.k_format), quantize_pack(v, self.v_format)
+        return (jnp.asarray(q, self.dtype), keys, values, length, pos, q_pos), self.options
 
     @property
     def options(self) -> dict:

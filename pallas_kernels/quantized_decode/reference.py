@@ -37,7 +37,7 @@ def live_slots(
 ) -> jax.Array:
     """Which slots each query sees: bool[B, 1 or K, 1 or R, S]."""
     live = (jnp.arange(num_slots)[None] < length[:, None])[:, None, None]  # [B, 1, 1, S]
-    if pos is None:
+    if pos is None or q_pos is None:
         return live
     here, at = pos[:, :, None, :], q_pos[:, None, :, None]
     live = live & (here >= 0) & (here <= at)
