@@ -4,6 +4,7 @@ from kvcomp_jax.accounting import Bytes, forecast, live_tokens, nbytes
 from kvcomp_jax.attention import AttnState, causal_attention, finalize, lse, merge, psum_merge
 from kvcomp_jax.cache import LayerCache, init, settle
 from kvcomp_jax.codecs import Affine, Codec, Identity
+from kvcomp_jax.kernels import TierKernel, kernels_in_use
 from kvcomp_jax.methods import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.plan import CachePlan, Layout
 from kvcomp_jax.policies import HeavyHitter, Policy, Recency
@@ -31,6 +32,7 @@ __all__ = [
     "PromptCache",
     "Recency",
     "Rung",
+    "TierKernel",
     "attend",
     "causal_attention",
     "close_prompt",
@@ -40,6 +42,7 @@ __all__ = [
     "free_row",
     "init",
     "insert_row",
+    "kernels_in_use",
     "live_tokens",
     "lse",
     "merge",

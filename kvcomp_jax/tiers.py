@@ -1,19 +1,21 @@
 """A rung at run time: packed rows of K and V, where they stand in the text, and how they are read and replaced."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kvcomp_jax.attention import AttnState, from_logits, merge, unit
-from kvcomp_jax.codecs import Codec, Encoded, Identity
+from kvcomp_jax.codecs import Affine, Codec, Encoded, Identity
 from kvcomp_jax.spec import LayerSpec, Rung
 from kvcomp_jax.types import pytree, static
 from pallas_kernels.prefill.reference import capped
+from pallas_kernels.quantized_decode import quantized_decode
 
 READ_BLOCK = 512  # tokens decoded at a time, so that a decoded block is used while it is in cache
+FUSED_ROWS = 64  # queries a KV head up to which a read is bound by bytes, and a fused kernel pays
 
 
 @pytree
@@ -104,13 +106,15 @@ def mix_of(codec: Codec, v: Encoded, pos: jax.Array) -> Callable[[jax.Array], ja
 
 
 def attend_tier(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
-    """Attend to a tier; compressed rows are decoded a block at a time and never all at once."""
+    """Attend to a tier; compressed rows are read by a fused kernel, or decoded a block at a time, never all at once."""
+    fused = fused_kernel(tier)
+    if fused is not None and queries.q.shape[2] <= FUSED_ROWS:
+        return fused(queries, tier, num_sinks)
     pos = tier_pos(tier, num_sinks)
     step = tier.unit * max(READ_BLOCK // tier.unit, 1)
     if _is_exact(tier) or tier.capacity <= step:
         logits = logits_of(queries, tier.k_codec, tier.k, pos)
         return from_logits(logits, visible(queries, pos), mix_of(tier.v_codec, tier.v, pos))[0]
-    filled = jnp.minimum(tier.entered, tier.limit).max() if tier.pos is None else tier.limit.max()
 
     def body(j: jax.Array, state: AttnState) -> AttnState:
         first = jnp.minimum(j * step, tier.capacity - step)
@@ -121,7 +125,38 @@ def attend_tier(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
         logits = logits_of(queries, tier.k_codec, k, here)
         return merge(state, from_logits(logits, visible(queries, here), mix_of(tier.v_codec, v, here))[0])
 
-    return lax.fori_loop(0, (filled + step - 1) // step, body, unit(queries.q.shape))
+    return lax.fori_loop(0, (_filled(tier).max() + step - 1) // step, body, unit(queries.q.shape))
+
+
+def fused_kernel(tier: Tier) -> Callable[[Queries, Tier, int], AttnState] | None:
+    """The fused read of a tier's pair of codecs; None where there is only `dot` and `mix`."""
+    return _FUSED.get((type(tier.k_codec), type(tier.v_codec)))
+
+
+def _attend_quantized(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
+    head_dim, k_codec, v_codec = queries.q.shape[-1], cast(Affine, tier.k_codec), cast(Affine, tier.v_codec)
+    by_age = tier.pos is None and queries.sliding_window is None  # then all that is there is visible
+    acc, top, total = quantized_decode(
+        queries.q,
+        tier.k,
+        tier.v,
+        _filled(tier),
+        None if by_age else tier_pos(tier, num_sinks),
+        None if by_age else queries.pos,
+        k_format=k_codec.format(head_dim),
+        v_format=v_codec.format(head_dim),
+        soft_cap=queries.soft_cap,
+        sliding_window=queries.sliding_window,
+    )
+    return AttnState(acc=acc, max=top, sum=total)
+
+
+_FUSED = {(Affine, Affine): _attend_quantized}
+
+
+def _filled(tier: Tier) -> jax.Array:
+    """Slots of each row at or beyond which there is nothing, i32[B]."""
+    return jnp.minimum(tier.entered, tier.limit) if tier.pos is None else tier.limit
 
 
 def _is_exact(tier: Tier) -> bool:

@@ -1,0 +1,62 @@
+"""Which kernels read a cache on this machine, and why no better ones."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvcomp_jax.cache import LayerCache
+from kvcomp_jax.tiers import FUSED_ROWS, Queries, Tier, attend_tier, fused_kernel
+from pallas_kernels.dispatch import Choice, recording
+
+
+@dataclasses.dataclass(frozen=True)
+class TierKernel:
+    """How a decode step reads one rung.
+
+    Attributes:
+      codecs: Names of the codecs of K and V.
+      operation: The fused operation, or "dot and mix" where the codecs have none.
+      backend: Which implementation of it; "xla" for dot and mix.
+      reasons: (better backend, why it was not taken), best first.
+    """
+
+    codecs: tuple[str, str]
+    operation: str
+    backend: str
+    reasons: tuple[tuple[str, str], ...]
+
+
+def kernels_in_use(cache: LayerCache, *, num_heads: int | None = None) -> tuple[TierKernel, ...]:
+    """Say for each rung of a cache what reads it in `decode`, by tracing and without running anything.
+
+    Args:
+      cache: One layer's, arrays or ShapeDtypeStructs.
+      num_heads: Query heads of the model; None is one a KV head.
+    """
+    batch, num_kv_heads, _, head_dim = cache.window.k.shape
+    rows = (num_heads or num_kv_heads) // num_kv_heads
+    queries = Queries(
+        q=jax.ShapeDtypeStruct((batch, num_kv_heads, rows, head_dim), jnp.float32),
+        pos=jax.ShapeDtypeStruct((batch, rows), jnp.int32),
+        sliding_window=cache.spec.sliding_window,
+    )
+    return tuple(_of_tier(cache, tier, queries) for tier in cache.tiers)
+
+
+def _of_tier(cache: LayerCache, tier: Tier, queries: Queries) -> TierKernel:
+    codecs = (type(tier.k_codec).__name__, type(tier.v_codec).__name__)
+    policy = cache.spec.policy
+    why = None
+    if policy.needs_probs:
+        why = f"{type(policy).__name__} needs each token's probability, which the fused read does not return."
+    elif fused_kernel(tier) is None:
+        why = f"no fused read for keys of {codecs[0]} and values of {codecs[1]}."
+    elif queries.q.shape[2] > FUSED_ROWS:
+        why = f"{queries.q.shape[2]} query heads a KV head exceed {FUSED_ROWS}."
+    if why:
+        return TierKernel(codecs, "dot and mix", "xla", (("fused", why),))
+    with recording() as choices:
+        jax.eval_shape(lambda q, t: attend_tier(q, t, policy.num_sinks), queries, tier)
+    choice: Choice = choices[-1]
+    return TierKernel(codecs, choice.operation, choice.backend, choice.reasons)

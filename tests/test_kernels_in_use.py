@@ -1,0 +1,33 @@
+"""A cache says which kernel reads it, for this machine and for others, and why not a better one."""
+
+import jax
+import pytest
+
+import kvcomp_jax as kvc
+from pallas_kernels.dispatch import Target, compile_for
+from tests.laws.parts import make, qkv
+
+
+def test_quantised_rungs_get_the_fused_read():
+    (rung,) = kvc.kernels_in_use(make("int4", batch=2, num_kv_heads=3, max_len=256), num_heads=9)
+    assert rung.codecs == ("Affine", "Affine")
+    assert rung.operation == "quantized_decode"
+    first, second = kvc.kernels_in_use(make("kivi", batch=1, num_kv_heads=2, max_len=512))
+    assert first.operation == "dot and mix"
+    assert "no fused read for keys of Affine and values of Identity" in first.reasons[0][1]
+    assert second.operation == "quantized_decode"
+
+
+def test_what_a_policy_asks_for_is_the_reason():
+    (rung,) = kvc.kernels_in_use(make("h2o:budget=64+int4", batch=1, num_kv_heads=2, max_len=256))
+    assert rung.backend == "xla"
+    assert "HeavyHitter needs each token's probability" in rung.reasons[0][1]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_decode_step_traced_for_a_target_takes_its_kernel(platform):
+    cache = make("int4", batch=1, num_kv_heads=2, max_len=256)
+    with compile_for(Target(platform)):
+        program = str(jax.make_jaxpr(kvc.decode)(cache, *qkv(0, 1, 1)))
+        (rung,) = kvc.kernels_in_use(cache, num_heads=4)
+    assert ("pallas_call" in program) == (rung.backend == "tpu")
