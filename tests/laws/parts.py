@@ -1,5 +1,6 @@
 """The registered parts that every law runs over, and how inputs are drawn."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,6 +37,13 @@ METHODS = [
 HEADS = [(4, 4), (6, 2), (3, 1)]  # multi-head, grouped-query, multi-query
 
 
+# Jitted once: run op by op, each of the many small operations would compile alone, and cost more than the law.
+prefill, decode, settle, attend, close_prompt, insert_row, free_row = map(
+    jax.jit,
+    (kvc.prefill, kvc.decode, kvc.settle, kvc.attend, kvc.close_prompt, kvc.insert_row, kvc.free_row),
+)
+
+
 def normal(seed: int, *shape: int, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
@@ -59,11 +67,11 @@ def make(text: str, *, batch: int, num_kv_heads: int, max_len: int, prompt_lens=
     return plan.init(batch=batch, dtype=dtype, prompt_lens=prompt_lens)[0]
 
 
-def decode_many(cache, q, k, v, step=kvc.decode, settle=kvc.settle):
+def decode_many(cache, q, k, v):
     """Feed tokens one by one, settling when due; return outputs [B, T, H, D] and the cache."""
     outs = []
     for t in range(q.shape[1]):
-        out, cache = step(cache, q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1])
+        out, cache = decode(cache, q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1])
         outs.append(out)
         if (t + 1) % cache.spec.block_size == 0:
             cache = settle(cache)

@@ -7,7 +7,21 @@ import numpy as np
 import pytest
 
 import kvcomp_jax as kvc
-from tests.laws.parts import HEAD_DIM, HEADS, METHODS, decode_many, make, qkv
+from tests.laws.parts import (
+    HEAD_DIM,
+    HEADS,
+    METHODS,
+    attend,
+    close_prompt,
+    decode,
+    decode_many,
+    free_row,
+    insert_row,
+    make,
+    prefill,
+    qkv,
+    settle,
+)
 
 LENGTHS = [70, 33, 1, 5]
 STEPS = 40
@@ -18,9 +32,9 @@ def lengths_for(text):
     return [70, 33, 20, 12] if "0.5" in text else LENGTHS
 
 
-def run(text, q, k, v, lengths, *, steps=STEPS, heads=(4, 2), window=None, dtype=jnp.float32, jit=True):
+def run(text, q, k, v, lengths, *, steps=STEPS, heads=(4, 2), window=None, dtype=jnp.float32, prompt=None):
     """Prefill `lengths` tokens a row, then decode the next `steps`; returns both outputs and the cache."""
-    prompt = max(lengths)
+    prompt = prompt or max(lengths)
     cache = make(
         text,
         batch=len(lengths),
@@ -31,12 +45,11 @@ def run(text, q, k, v, lengths, *, steps=STEPS, heads=(4, 2), window=None, dtype
         dtype=dtype,
     )
     length = jnp.array(lengths)
-    wrap = jax.jit if jit else (lambda f: f)
-    out, cache = wrap(kvc.prefill)(cache, q[:, :prompt], k[:, :prompt], v[:, :prompt], length)
+    out, cache = prefill(cache, q[:, :prompt], k[:, :prompt], v[:, :prompt], length)
     after_prompt = cache
     at = length[:, None] + jnp.arange(steps)[None]
     pick = lambda x: jnp.take_along_axis(x, at[..., None, None], 1)
-    decoded, cache = decode_many(cache, pick(q), pick(k), pick(v), wrap(kvc.decode), wrap(kvc.settle))
+    decoded, cache = decode_many(cache, pick(q), pick(k), pick(v))
     return out, decoded, cache, after_prompt
 
 
@@ -74,8 +87,8 @@ def test_two_exact_rungs_lose_nothing_while_either_has_room():
         )
         q, k, v = qkv(3, 2, 110)
         cache = kvc.init(spec, batch=2, num_kv_heads=2, head_dim=HEAD_DIM, dtype=jnp.float32)
-        _, cache = kvc.prefill(cache, q[:, :60], k[:, :60], v[:, :60])
-        out, cache = decode_many(cache, q[:, 60:], k[:, 60:], v[:, 60:], jax.jit(kvc.decode), jax.jit(kvc.settle))
+        _, cache = prefill(cache, q[:, :60], k[:, :60], v[:, :60])
+        out, cache = decode_many(cache, q[:, 60:], k[:, 60:], v[:, 60:])
         chex.assert_trees_all_close(out, exact(q, k, v)[:, 60:], atol=1e-5)
         np.testing.assert_array_equal(kvc.live_tokens(cache), 110)
 
@@ -96,7 +109,7 @@ def test_ragged_rows_give_what_each_gives_alone(text):
     _, together, _, _ = run(text, q, k, v, lengths_for(text))
     for row, n in enumerate(lengths_for(text)):
         one = slice(row, row + 1)
-        _, alone, _, _ = run(text, q[one], k[one], v[one], [n])
+        _, alone, _, _ = run(text, q[one], k[one], v[one], [n], prompt=max(lengths_for(text)))
         chex.assert_trees_all_close(together[one], alone, atol=2e-5)
 
 
@@ -121,9 +134,9 @@ def test_chunked_prompts_give_the_same_cache_as_one_pass(text):
     prompt, length, outs = kvc.open_prompt(cache, 80), jnp.array(lengths), []
     for start in range(0, 80, chunk):
         here = slice(start, start + chunk)
-        out, prompt = kvc.attend(prompt, q[:, here], k[:, here], v[:, here], jnp.clip(length - start, 0, chunk))
+        out, prompt = attend(prompt, q[:, here], k[:, here], v[:, here], jnp.clip(length - start, 0, chunk))
         outs.append(out)
-    chunked = kvc.close_prompt(prompt)
+    chunked = close_prompt(prompt)
     assert jax.tree.structure(chunked) == jax.tree.structure(whole)
     same_slots(chunked, whole)
     out = jnp.concatenate(outs, 1)
@@ -140,7 +153,7 @@ def same_slots(a, b):
         if x.pos is not None:
             np.testing.assert_array_equal(x.pos, y.pos)
     q, k, v = qkv(77, a.length.shape[0], 1)
-    chex.assert_trees_all_close(kvc.decode(a, q, k, v)[0], kvc.decode(b, q, k, v)[0], atol=1e-5)
+    chex.assert_trees_all_close(decode(a, q, k, v)[0], decode(b, q, k, v)[0], atol=1e-5)
 
 
 BY_AGE = [m for m in METHODS if not m.startswith("h2o")]
@@ -151,12 +164,12 @@ def test_prefill_then_decode_leaves_the_cache_of_a_longer_prefill(text):
     """Codes are the same whether tokens came in the prompt or one by one."""
     q, k, v = qkv(6, 2, 140)
     short = make(text, batch=2, num_kv_heads=2, max_len=140)
-    _, short = kvc.prefill(short, q[:, :50], k[:, :50], v[:, :50])
-    _, short = decode_many(short, q[:, 50:], k[:, 50:], v[:, 50:], jax.jit(kvc.decode), jax.jit(kvc.settle))
+    _, short = prefill(short, q[:, :50], k[:, :50], v[:, :50])
+    _, short = decode_many(short, q[:, 50:], k[:, 50:], v[:, 50:])
     size = short.spec.block_size
-    _, whole = kvc.prefill(make(text, batch=2, num_kv_heads=2, max_len=140), q, k, v)
+    _, whole = prefill(make(text, batch=2, num_kv_heads=2, max_len=140), q, k, v)
     for _ in range(3):  # a stream settles at most one block a call; let it catch up
-        short = kvc.settle(short)
+        short = settle(short)
     if whole.spec.rungs:
         assert int(jnp.abs(short.settled - whole.settled).max()) <= size
     if bool((short.settled == whole.settled).all()):
@@ -212,7 +225,7 @@ def assert_no_duplicates(cache):
 def test_ten_steps_keep_the_structure_and_compile_once(text):
     q, k, v = qkv(9, 2, 60)
     cache = make(text, batch=2, num_kv_heads=2, max_len=80, prompt_lens=[50, 20])
-    _, cache = kvc.prefill(cache, q[:, :50], k[:, :50], v[:, :50], jnp.array([50, 20]))
+    _, cache = prefill(cache, q[:, :50], k[:, :50], v[:, :50], jnp.array([50, 20]))
     step, settle = jax.jit(lambda *a: kvc.decode(*a)), jax.jit(lambda c: kvc.settle(c))
     avals = jax.tree.map(jax.typeof, cache)
     for t in range(50, 60):
@@ -231,16 +244,16 @@ def test_rows_come_and_go_without_touching_others(text):
     ones = []
     for row, n in enumerate(lengths):
         one = make(text, batch=1, num_kv_heads=2, max_len=100, prompt_lens=[60])
-        _, one = kvc.prefill(one, q[row : row + 1, :n], k[row : row + 1, :n], v[row : row + 1, :n])
+        _, one = prefill(one, *(x[row : row + 1, :60] for x in (q, k, v)), jnp.array([n]))
         ones.append(one)
-        many = jax.jit(kvc.insert_row)(many, row, one)
-    many = jax.jit(kvc.free_row)(many, 1)
+        many = insert_row(many, row, one)
+    many = free_row(many, 1)
     assert kvc.live_tokens(many)[1] == 0
-    many = kvc.insert_row(many, 1, ones[1])
+    many = insert_row(many, 1, ones[1])
     step = (q[:, 60:61], k[:, 60:61], v[:, 60:61])
-    out, _ = kvc.decode(many, *step)
+    out, _ = decode(many, *step)
     for row, one in enumerate(ones):
-        alone, _ = kvc.decode(one, *(x[row : row + 1] for x in step))
+        alone, _ = decode(one, *(x[row : row + 1] for x in step))
         chex.assert_trees_all_close(out[row], alone[0], atol=1e-5)
 
 
@@ -248,8 +261,8 @@ def test_rows_come_and_go_without_touching_others(text):
 def test_rows_with_no_real_token_stay_as_they_are(text):
     q, k, v = qkv(11, 2, 51)
     cache = make(text, batch=2, num_kv_heads=2, max_len=80, prompt_lens=[50, 50])
-    _, cache = kvc.prefill(cache, q[:, :50], k[:, :50], v[:, :50])
-    _, after = kvc.decode(cache, q[:, 50:], k[:, 50:], v[:, 50:], jnp.array([1, 0]))
+    _, cache = prefill(cache, q[:, :50], k[:, :50], v[:, :50])
+    _, after = decode(cache, q[:, 50:], k[:, 50:], v[:, 50:], jnp.array([1, 0]))
     chex.assert_trees_all_equal(*(jax.tree.map(lambda x: x[1], c) for c in (cache, after)))
 
 
@@ -284,8 +297,8 @@ def test_long_compressed_sliding_windows_see_all_of_their_window():
         sliding_window=512,
     )
     cache = kvc.init(sharp, batch=1, num_kv_heads=2, head_dim=HEAD_DIM, dtype=jnp.float32)
-    _, cache = kvc.prefill(cache, q[:, :1400], k[:, :1400], v[:, :1400])
-    out, _ = decode_many(cache, q[:, 1400:], k[:, 1400:], v[:, 1400:], jax.jit(kvc.decode), jax.jit(kvc.settle))
+    _, cache = prefill(cache, q[:, :1400], k[:, :1400], v[:, :1400])
+    out, _ = decode_many(cache, q[:, 1400:], k[:, 1400:], v[:, 1400:])
     chex.assert_trees_all_close(out, exact(q, k, v, 512)[:, 1400:], atol=1e-5)
 
 
@@ -305,12 +318,12 @@ def test_a_chunk_on_top_of_a_filled_cache(text):
     q, k, v = qkv(15, 2, 110)
     lengths, turn = jnp.array([60, 25]), jnp.array([30, 11])
     cache = make(text, batch=2, num_kv_heads=2, max_len=110, prompt_lens=[60, 25])
-    _, cache = kvc.prefill(cache, q[:, :60], k[:, :60], v[:, :60], lengths)
+    _, cache = prefill(cache, q[:, :60], k[:, :60], v[:, :60], lengths)
     prompt = kvc.open_prompt(cache, 32, fresh=False)
     at = lengths[:, None] + jnp.arange(32)[None]
     more = [jnp.take_along_axis(x, at[..., None, None], 1) for x in (q, k, v)]
-    out, prompt = kvc.attend(prompt, *more, turn)
-    after = kvc.close_prompt(prompt)
+    out, prompt = attend(prompt, *more, turn)
+    after = close_prompt(prompt)
     np.testing.assert_array_equal(after.length, lengths + turn)
     assert_no_duplicates(after)
     if text.startswith("full"):
@@ -324,24 +337,24 @@ def test_a_chunk_on_top_of_a_filled_cache(text):
 def test_decode_takes_several_tokens_at_once():
     q, k, v = qkv(16, 2, 80)
     cache = make("full:block_size=16", batch=2, num_kv_heads=2, max_len=80)
-    _, cache = kvc.prefill(cache, q[:, :50], k[:, :50], v[:, :50])
-    out, cache = kvc.decode(cache, q[:, 50:58], k[:, 50:58], v[:, 50:58])
+    _, cache = prefill(cache, q[:, :50], k[:, :50], v[:, :50])
+    out, cache = decode(cache, q[:, 50:58], k[:, 50:58], v[:, 50:58])
     chex.assert_trees_all_close(out, exact(q, k, v)[:, 50:58], atol=1e-5)
     with pytest.raises(ValueError, match="at most block_size=16 tokens a call, got T=17"):
-        kvc.decode(cache, q[:, :17], k[:, :17], v[:, :17])
+        decode(cache, q[:, :17], k[:, :17], v[:, :17])
 
 
 def test_wrong_shapes_are_refused():
     cache = make("full:block_size=16", batch=2, num_kv_heads=2, max_len=80)
     q, k, v = qkv(0, 2, 4)
     with pytest.raises(ValueError, match="do not fit a cache of batch=2, num_kv_heads=2"):
-        kvc.prefill(cache, q, jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2))
+        prefill(cache, q, jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2))
     with pytest.raises(ValueError, match="num_heads=5 must be a multiple of num_kv_heads=2"):
-        kvc.prefill(cache, jnp.zeros((2, 4, 5, HEAD_DIM)), k, v)
+        prefill(cache, jnp.zeros((2, 4, 5, HEAD_DIM)), k, v)
     with pytest.raises(ValueError, match="equal B, T and D"):
-        kvc.prefill(cache, q[:, :3], k, v)
+        prefill(cache, q[:, :3], k, v)
     other = make("full:block_size=16", batch=1, num_kv_heads=2, max_len=96)
     with pytest.raises(ValueError, match="same plan"):
-        kvc.insert_row(cache, 0, other)
+        insert_row(cache, 0, other)
     with pytest.raises(ValueError, match="exceeds the prompt's capacity=2"):
-        kvc.attend(kvc.open_prompt(cache, 2), q, k, v)
+        attend(kvc.open_prompt(cache, 2), q, k, v)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvcomp_jax as kvc
-from tests.laws.parts import HEAD_DIM, make, qkv
+from tests.laws.parts import HEAD_DIM, make, prefill, qkv
 
 
 def probs_of(q, k, keep):
@@ -21,7 +21,7 @@ def test_h2o_keeps_what_brute_force_keeps():
     prompt, steps, budget = 50, 25, 20
     q, k, v = qkv(0, 1, prompt + steps, heads=(2, 1))
     cache = make("h2o:budget=20", batch=1, num_kv_heads=1, max_len=prompt + steps)
-    _, cache = kvc.prefill(cache, q[:, :prompt], k[:, :prompt], v[:, :prompt])
+    _, cache = prefill(cache, q[:, :prompt], k[:, :prompt], v[:, :prompt])
     qn, kn, vn = np.asarray(q[0], np.float64), np.asarray(k[0, :, 0], np.float64), np.asarray(v[0, :, 0], np.float64)
     mass, keep = np.zeros(prompt + steps), np.zeros(prompt + steps, bool)
     for t in range(prompt):
@@ -55,7 +55,7 @@ def test_streaming_llm_sees_sinks_and_the_most_recent():
     prompt, steps, budget, sinks = 60, 30, 24, 4
     q, k, v = qkv(1, 1, prompt + steps, heads=(2, 1))
     cache = make("streaming_llm:budget=24", batch=1, num_kv_heads=1, max_len=prompt + steps)
-    _, cache = kvc.prefill(cache, q[:, :prompt], k[:, :prompt], v[:, :prompt])
+    _, cache = prefill(cache, q[:, :prompt], k[:, :prompt], v[:, :prompt])
     allocated = kvc.nbytes(cache).allocated
     qn, kn, vn = (np.asarray(x, np.float64) for x in (q[0], k[0, :, 0], v[0, :, 0]))
     step = jax.jit(kvc.decode)

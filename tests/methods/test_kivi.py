@@ -11,7 +11,7 @@ import pytest
 import kvcomp_jax as kvc
 from kvcomp_jax.codecs import Affine
 from pallas_kernels.packing import unpack
-from tests.laws.parts import HEAD_DIM, decode_many, make, qkv
+from tests.laws.parts import HEAD_DIM, close_prompt, decode_many, make, prefill, qkv
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "methods" / "kivi_quantizer.npz"
 
@@ -67,7 +67,7 @@ def test_statistics_have_the_papers_shapes():
 def test_residual_lengths_after_a_prompt_and_while_decoding(length):
     q, k, v = qkv(0, 1, length + 40)
     cache = make("kivi:bits=2", batch=1, num_kv_heads=2, max_len=length + 40)
-    _, cache = kvc.prefill(cache, q[:, :length], k[:, :length], v[:, :length])
+    _, cache = prefill(cache, q[:, :length], k[:, :length], v[:, :length])
     in_window = int(cache.length[0] - cache.settled[0])
     assert in_window == length % 128  # keys; values have the intermediate rung's 128 beside them
     held = min(int(cache.tiers[0].entered[0]), 128)
@@ -96,7 +96,7 @@ def test_bytes_of_the_papers_example(residual, ratio):
     spec = kvc.parse(f"kivi:bits=2,residual={residual}").spec(max_len=tokens, head_dim=dim)
     cache = kvc.init(spec, batch=1, num_kv_heads=heads, head_dim=dim, dtype=jnp.bfloat16)
     rows = jnp.zeros((1, tokens, heads, dim), jnp.bfloat16)
-    cache = jax.jit(lambda c, x: kvc.close_prompt(_staged(c, x)))(cache, rows)
+    cache = jax.jit(lambda c, x: close_prompt(_staged(c, x)))(cache, rows)
     full = 2 * heads * dim * tokens * 2
     counters = 4 * (3 + 2 * len(cache.tiers))
     assert full / (kvc.nbytes(cache).used - counters) == pytest.approx(ratio, abs=1e-3)
