@@ -8,20 +8,23 @@ BIN := $(VENV)/bin
 TEXT := data/kjv.jsonl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Compiling small programs is most of the fast tests' time, so they ask LLVM for its least; slow tests run as users do.
+QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
+
 .PHONY: demo test test-slow test-short lint assets env clean
 
 demo: $(VENV)/.run assets
 	$(BIN)/python -m experiments.compare --text $(TEXT) --out runs/compare
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not slow and not real_model" $(ARGS)
+	$(QUICK) $(BIN)/python -m pytest -n 2 -m "not slow and not real_model" $(ARGS)
 
 test-slow: $(VENV)/.test assets
 	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest -m "slow or real_model" $(ARGS)
 
 # What a second interpreter is checked with.
 test-short: $(VENV)/.test
-	$(BIN)/python -m pytest tests/laws/test_attention.py tests/laws/test_codecs.py tests/kernels tests/methods tests/models/test_golden.py \
+	$(QUICK) $(BIN)/python -m pytest tests/laws/test_attention.py tests/laws/test_codecs.py tests/kernels tests/methods tests/models/test_golden.py \
 	  -n 2 -m "not slow and not real_model" $(ARGS)
 
 lint: $(VENV)/.lint
