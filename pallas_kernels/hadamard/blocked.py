@@ -1,4 +1,4 @@
-"""Rotation and quantisation in plain JAX, a block of tokens at a time; rotation alone has nothing to gain from blocks."""
+"""Rotation and quantisation in plain JAX, a block of tokens at a time; rotation alone gains nothing from blocks."""
 
 import math
 
