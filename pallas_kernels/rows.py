@@ -63,11 +63,17 @@ def cut_live(
     return live if sliding_window is None else live & (here > at - sliding_window)
 
 
+def unit(fmt: Format | None) -> int:
+    """Slots that share a word or a scale."""
+    if fmt is None:
+        return 1
+    return math.lcm(pack_unit(fmt.bits), fmt.group_size if fmt.axis == "channel" else 1)
+
+
 def block_size(slots: int, *formats: Format | None) -> int:
     """Slots to read at a time, a whole number of the words and groups of every format."""
-    units = [math.lcm(pack_unit(f.bits), f.group_size if f.axis == "channel" else 1) for f in formats if f]
-    unit = math.lcm(1, *units)
-    return min(slots, max(READ_BLOCK // unit, 1) * unit)
+    together = math.lcm(*map(unit, formats))
+    return min(slots, max(READ_BLOCK // together, 1) * together)
 
 
 def per_head(one_head: Callable[[jax.Array, jax.Array], Any], batch: int, heads: int) -> Any:
