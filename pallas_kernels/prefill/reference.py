@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-MASK_VALUE = -1e30  # finite, so that a row without live slots gives sum 0 instead of NaN
+from pallas_kernels.softmax_state import MASK_VALUE
 
 
 def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None):

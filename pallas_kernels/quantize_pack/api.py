@@ -22,6 +22,12 @@ def quantize_pack(
     Raises:
       ValueError: If `fmt` does not divide x.
     """
+    check_groups(x, fmt)
+    return dispatch.call("quantize_pack", implementation, x, fmt, interpret=interpret)
+
+
+def check_groups(x: jax.Array, fmt: Format) -> None:
+    """Raise ValueError unless the words and groups of `fmt` divide x [*b, S, D]."""
     *_, num_tokens, dim = x.shape
     unit = pack_unit(fmt.bits)
     if num_tokens % unit:
@@ -29,7 +35,6 @@ def quantize_pack(
     size = dim if fmt.axis == "token" else num_tokens
     if size % fmt.group_size:
         raise ValueError(f"group_size={fmt.group_size} must divide {size}, the {fmt.axis} groups' extent of {x.shape}.")
-    return dispatch.call("quantize_pack", implementation, x, fmt, interpret=interpret)
 
 
 def dequantize(enc: Quantized, fmt: Format) -> jax.Array:

@@ -1,0 +1,22 @@
+"""Arrays that the cases of several operations draw."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def draw_positions(
+    rng: np.random.Generator, kind: str | None, shape: tuple[int, int, int], num_queries: int
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Positions of slots [B, K, S] in no order and with holes, and of queries near the end.
+
+    Args:
+      kind: None (no positions), "shared" by the heads, or "per head".
+    """
+    if kind is None:
+        return None, None
+    batch, heads, slots = shape
+    shape = (batch, heads if kind == "per head" else 1, slots)
+    places = rng.permuted(np.broadcast_to(np.arange(slots), shape), axis=-1)
+    pos = jnp.asarray(np.where(rng.random(shape) < 0.2, -1, places), jnp.int32)
+    return pos, jnp.full((batch, num_queries), slots - 3, jnp.int32)

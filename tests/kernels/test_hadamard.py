@@ -1,0 +1,77 @@
+"""Hadamard rotation: the matrices, and every case on every backend that can run or be interpreted here."""
+
+import importlib.util
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import hadamard as op
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.hadamard.cases import CASES, Case
+from pallas_kernels.quantize_pack import dequantize, quantize_pack
+from tests.kernels.test_quantized_decode import BACKENDS
+
+DIMS = [m * 2**n for m in (1, 12, 20, 28) for n in range(10) if m * 2**n <= 512]
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_matrices_are_symmetric_and_orthogonal(dim):
+    matrix = op.hadamard_matrix(dim).astype(int)
+    assert set(np.unique(matrix)) <= {-1, 1}
+    np.testing.assert_array_equal(matrix, matrix.T)
+    np.testing.assert_array_equal(matrix @ matrix, dim * np.eye(dim))
+
+
+@pytest.mark.parametrize("dim", [0, 3, 6, 10, 36, 44, 72, 100])
+def test_other_orders_are_refused(dim):
+    with pytest.raises(ValueError, match=f"dim={dim} must be a power of 2, or 12, 20 or 28 times one"):
+        op.hadamard(jnp.zeros((2, dim)))
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128])
+def test_a_rotation_undoes_itself_and_keeps_norms(dim):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, dim)), jnp.float32)
+    y = op.hadamard(x)
+    np.testing.assert_allclose(op.hadamard(y), x, atol=2e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_equals_the_reference(backend, name):
+    if importlib.util.find_spec(f"pallas_kernels.hadamard.{backend}") is None:
+        pytest.skip(f"no {backend} backend yet")
+    case = CASES[name]
+    (x, *fmt), options = case.arguments()
+    function = getattr(op, case.function)
+    want = function(x, *fmt, **options, implementation="reference")
+    try:
+        got = function(x, *fmt, **options, implementation=backend, interpret=True)
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    if fmt:
+        assert_same_rows(got, want, *fmt)
+    else:
+        tolerance = 1e-2 if case.dtype == "bfloat16" else 5e-6
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(
+            got.astype(jnp.float32), want.astype(jnp.float32), atol=tolerance * float(jnp.abs(want).max())
+        )
+
+
+def assert_same_rows(got, want, fmt):
+    """Codes may differ by one at ties, which the rounding of the rotation breaks; few do."""
+    rows, exact = dequantize(got, fmt), dequantize(want, fmt)
+    scale = jnp.expand_dims(want.scale.astype(jnp.float32), fmt.group_axis)
+    codes_apart = np.asarray(jnp.abs(fmt.split(rows - exact)) / scale)
+    assert codes_apart.max() < 1.3  # one code, and an ulp of float16 in a scale
+    assert (codes_apart > 0.7).mean() < 2e-3
+
+
+def test_rotation_helps_rows_with_outlier_channels():
+    (x, fmt), _ = Case(fmt=CASES["quantized-4-token"].fmt).arguments()
+    rows = op.hadamard(dequantize(op.rotate_quantize_pack(x, fmt), fmt))
+    rotated_error = jnp.square(rows - x).mean()
+    plain_error = jnp.square(dequantize(quantize_pack(x, fmt), fmt) - x).mean()
+    assert rotated_error < 0.8 * plain_error
