@@ -76,9 +76,11 @@ def _interpret(kernel, out_shapes, grid, constants, *arrays):
     inputs = [np.ascontiguousarray(x) for x in arrays]
     outputs = [np.zeros(out.shape, out.dtype) for out in out_shapes]
     with _one_at_a_time, _interpreter_without_torch(), np.errstate(all="ignore"):
-        function = _Rewritten(_with_rewritten_helpers(kernel.fn))
-        executor = interpreter.GridExecutor(function.rewrite(), kernel.arg_names, grid)
-        executor(*(_pointer(x) for x in (*inputs, *outputs)), **constants)
+        program, builder = _Rewritten(_with_rewritten_helpers(kernel.fn)), interpreter.interpreter_builder
+        builder.set_grid_dim(*grid, *(1,) * (3 - len(grid)))
+        for index in np.ndindex(*builder.grid_dim):
+            builder.set_grid_idx(*index)
+            program(*(_pointer(x) for x in (*inputs, *outputs)), **constants)
     return outputs
 
 
@@ -124,12 +126,14 @@ def _interpreter_without_torch() -> Iterator[None]:
     for module in (tl.standard, tl):
         for name, member in inspect.getmembers(module, lambda x: isinstance(x, triton.JITFunction)):
             scope.set_attr(module, name, _standard(member.fn))
-    patched = [interpreter._patch_lang(_seeing(module)) for module in (tl, tl.core)]
+    scopes = [scope, *(interpreter._patch_lang(_seeing(module)) for module in (tl, tl.core))]
+    scopes.append(interpreter._LangPatchScope())
+    scopes[-1].set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())  # what NumPy 2.4 still converts
     try:
         yield
     finally:
-        for inner in (*reversed(patched), scope):
-            inner.restore()
+        for scope in reversed(scopes):
+            scope.restore()
 
 
 @functools.cache

@@ -26,16 +26,15 @@ def quantize_pack(x: jax.Array, fmt: Format, *, interpret: bool = False) -> Quan
     if fmt.axis == "token":
         kernel, meta_shape = _per_token, (*b, num_tokens, dim // fmt.group_size)
         tokens = max(TOKENS, unit)
-        grid = (triton.cdiv(num_tokens, tokens), rows)
+        grid = (rows * triton.cdiv(num_tokens, tokens),)  # the only axis without a limit of 65535
         sizes = {"tokens": tokens, "groups": triton.next_power_of_2(dim // fmt.group_size)}
     else:
         kernel, meta_shape = _per_channel, (*b, num_tokens // fmt.group_size, dim)
         channels = min(CHANNELS, triton.next_power_of_2(dim))
-        grid = (num_tokens // fmt.group_size, triton.cdiv(dim, channels), rows)
+        grid = (rows * (num_tokens // fmt.group_size), triton.cdiv(dim, channels))
         sizes = {"channels": channels}
-    codes = (
-        ((*b, num_tokens, dim), jnp.uint8) if fmt.bits == 8 else ((*b, num_tokens * fmt.bits // 32, dim), jnp.uint32)
-    )
+    rows_of_codes, dtype = (num_tokens, jnp.uint8) if fmt.bits == 8 else (num_tokens * fmt.bits // 32, jnp.uint32)
+    codes = jax.ShapeDtypeStruct((*b, rows_of_codes, dim), dtype)
     meta = jax.ShapeDtypeStruct(meta_shape, fmt.metadata_dtype)
     constants = {
         "num_tokens": num_tokens,
@@ -48,9 +47,8 @@ def quantize_pack(x: jax.Array, fmt: Format, *, interpret: bool = False) -> Quan
         "largest": float(jnp.finfo(fmt.metadata_dtype).max),
         **sizes,
     }
-    out = (jax.ShapeDtypeStruct(*codes), meta, meta)
     packed, scale, zero_point = triton_calls.call(
-        kernel, (x,), out, grid, constants, interpret=interpret, fused_multiply_add=False
+        kernel, (x,), (codes, meta, meta), grid, constants, interpret=interpret, fused_multiply_add=False
     )
     return Quantized(packed, scale, None if fmt.symmetric else zero_point)
 
@@ -63,7 +61,8 @@ def _per_token(
     tokens: tl.constexpr, groups: tl.constexpr,
 ):  # fmt: skip
     """Quantise all channels of some tokens of a row."""
-    row, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * tokens
+    row = (tl.program_id(0) // tl.cdiv(num_tokens, tokens)).to(tl.int64)
+    first = tl.program_id(0) % tl.cdiv(num_tokens, tokens) * tokens
     token = first + tl.arange(0, tokens)
     group, element = tl.arange(0, groups), tl.arange(0, group_padded)
     channel = group[:, None] * group_size + element[None, :]
@@ -91,7 +90,8 @@ def _per_channel(
     channels: tl.constexpr,
 ):  # fmt: skip
     """Quantise one group of tokens of some channels of a row."""
-    row, group = tl.program_id(2).to(tl.int64), tl.program_id(0)
+    row = (tl.program_id(0) // (num_tokens // group_size)).to(tl.int64)
+    group = tl.program_id(0) % (num_tokens // group_size)
     channel = tl.program_id(1) * channels + tl.arange(0, channels)
     element = tl.arange(0, group_padded)
     exists = (element < group_size)[:, None] & (channel < dim)[None, :]
