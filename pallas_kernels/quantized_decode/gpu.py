@@ -1,9 +1,12 @@
 """Decode attention over packed rows in Triton, Ampere and newer: split over slots, merged in plain JAX.
 
-A program attends from the queries of one KV head to a range of slots, tile by tile. Inside a tile tokens are ordered by
-their place in a word first (token = word * per_word + place), so that unpacking is shifts without shuffles; masks
-follow that order, and nothing else depends on it. Tiles multiply as [tokens, D] x [D, R] and [D, tokens] x [tokens, R]:
-tokens and channels fill the tensor cores' long side, the few queries their short one.
+A program attends from the queries of one KV head to a range of slots, tile by tile. A tile is `words` words high, and
+is worked on place by place: tokens word * places + place for one place at a time, so that unpacking a word is a shift
+that keeps every element where the tensor cores want it. Products are [tokens, D] x [D, R] and [D, tokens] x
+[tokens, R]: tokens and channels fill the long side, the few queries the short one.
+
+Scales per channel multiply codes before they are rounded to the type of q; scales per token fold into logits and
+probabilities, channels being cut into their groups, and codes enter the products as they are.
 """
 
 import jax
@@ -14,12 +17,10 @@ import triton.language as tl
 from pallas_kernels import triton_calls
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.formats import Format, Quantized
-from pallas_kernels.packing import pack_unit
 from pallas_kernels.prefill.reference import MASK_VALUE
 from pallas_kernels.quantized_decode.block_sizes import gpu_sizes
 
 _DEAD = tl.constexpr(MASK_VALUE)
-_MAGIC = tl.constexpr(0x43000000)  # bits of 128.0; a code in the upper half is added exactly
 
 
 def quantized_decode(
@@ -42,7 +43,8 @@ def quantized_decode(
     for fmt in (k_format, v_format):
         if fmt.axis == "channel" and fmt.group_size % _per_word(fmt.bits):
             raise Unsupported(f"channel groups of {fmt.group_size} tokens cut words at {fmt.bits} bits.")
-    sizes = gpu_sizes(batch * heads, slots, rows, dim, max(pack_unit(f.bits) for f in (k_format, v_format)))
+    places = max(_per_word(k_format.bits), _per_word(v_format.bits))
+    sizes = gpu_sizes(batch * heads, slots, rows, places)
     positions = (length, length) if pos is None else (pos, q_pos)
     zeros = [x.scale if x.zero_point is None else x.zero_point for x in (k, v)]
     arrays = (q, k.codes, k.scale, zeros[0], v.codes, v.scale, zeros[1], length, *positions)
@@ -61,11 +63,11 @@ def quantized_decode(
             "soft_cap": soft_cap or 0.0,
             "sliding_window": sliding_window or 0,
             "rows": sizes.rows,
-            "dim_padded": triton.next_power_of_2(dim),
-            "block": sizes.block,
+            "words": sizes.words,
+            "places": places,
             "tiles": sizes.tiles,
-            **_constants("k", k_format),
-            **_constants("v", v_format),
+            **_constants("k", k_format, dim),
+            **_constants("v", v_format, dim),
         },
         interpret=interpret,
         num_warps=sizes.num_warps,
@@ -86,13 +88,16 @@ def _per_word(bits: int) -> int:
     return {2: 16, 3: 16, 4: 8, 8: 1}[bits]
 
 
-def _constants(name: str, fmt: Format) -> dict:
+def _constants(name: str, fmt: Format, dim: int) -> dict:
+    """What the kernel must know of a format; channels are cut into `cut` parts, one per scale of a token."""
+    group = fmt.group_size if fmt.axis == "token" else dim
     return {
         f"{name}_bits": fmt.bits,
-        f"{name}_per_word": _per_word(fmt.bits),
         f"{name}_by_token": fmt.axis == "token",
         f"{name}_group": fmt.group_size,
         f"{name}_middle": fmt.num_levels // 2 if fmt.symmetric else -1,
+        f"{name}_cut": triton.next_power_of_2(dim // group),
+        f"{name}_part": max(16, triton.next_power_of_2(group)),
     }
 
 
@@ -102,124 +107,170 @@ def _kernel(
     acc_ptr, top_ptr, total_ptr,  # [B, K, splits, R, D] [B, K, splits, R] [B, K, splits, R]
     num_heads: tl.constexpr, num_rows: tl.constexpr, dim: tl.constexpr, num_slots: tl.constexpr,
     pos_heads: tl.constexpr, soft_cap: tl.constexpr, sliding_window: tl.constexpr,
-    rows: tl.constexpr, dim_padded: tl.constexpr, block: tl.constexpr, tiles: tl.constexpr,
-    k_bits: tl.constexpr, k_per_word: tl.constexpr, k_by_token: tl.constexpr, k_group: tl.constexpr,
-    k_middle: tl.constexpr,
-    v_bits: tl.constexpr, v_per_word: tl.constexpr, v_by_token: tl.constexpr, v_group: tl.constexpr,
-    v_middle: tl.constexpr,
+    rows: tl.constexpr, words: tl.constexpr, places: tl.constexpr, tiles: tl.constexpr,
+    k_bits: tl.constexpr, k_by_token: tl.constexpr, k_group: tl.constexpr, k_middle: tl.constexpr,
+    k_cut: tl.constexpr, k_part: tl.constexpr,
+    v_bits: tl.constexpr, v_by_token: tl.constexpr, v_group: tl.constexpr, v_middle: tl.constexpr,
+    v_cut: tl.constexpr, v_part: tl.constexpr,
 ):  # fmt: skip
     """Attend from up to `rows` queries of one KV head to `tiles` tiles of slots."""
     head, split = tl.program_id(0), tl.program_id(1)
-    batch = head // num_heads
-    row, channel = tl.program_id(2) * rows + tl.arange(0, rows), tl.arange(0, dim_padded)
-    row_at = head.to(tl.int64) * num_rows + row
-    exists = (row < num_rows)[None, :] & (channel < dim)[:, None]
-    q = tl.load(q_ptr + row_at[None, :] * dim + channel[:, None], mask=exists, other=0.0)  # [D, R]
+    batch, base, block = head // num_heads, head.to(tl.int64), words * places
+    row = tl.program_id(2) * rows + tl.arange(0, rows)
+    k_channel, k_exists = _channels(dim, k_group if k_by_token else dim, k_cut, k_part)
+    v_channel, v_exists = _channels(dim, v_group if v_by_token else dim, v_cut, v_part)
+    q_at = (base * num_rows + row)[None, None, :] * dim + k_channel[:, :, None]
+    q_exists = k_exists[:, :, None] & (row < num_rows)[None, None, :]
+    q = tl.load(q_ptr + q_at, mask=q_exists, other=0.0)  # [D/g, g, R]
+    q_sum = tl.sum(q.to(tl.float32), 1)[:, None, :]
     length = tl.minimum(tl.load(length_ptr + batch), num_slots)
     q_pos = row
     if pos_heads > 0:
         q_pos = tl.load(q_pos_ptr + batch * num_rows + row, mask=row < num_rows, other=-1)
         pos_ptr += (head if pos_heads == num_heads else batch).to(tl.int64) * num_slots
-    base = head.to(tl.int64)
-    acc = tl.zeros((dim_padded, rows), tl.float32)
-    top, total = tl.full((rows,), _DEAD, tl.float32), tl.zeros((rows,), tl.float32)
+    acc = tl.zeros((v_cut, v_part, rows), tl.float32)
+    shift = tl.zeros((v_cut, words, rows), tl.float32)  # what zero points add to acc, before its sum over tokens
+    total, top = tl.zeros((words, rows), tl.float32), tl.full((rows,), _DEAD, tl.float32)
     first = split * tiles * block
     for start in tl.range(first, tl.minimum(first + tiles * block, length), block):
-        k = _rows(k_ptr, k_scale_ptr, k_zero_ptr, base, start, channel, num_slots, dim, block, q.dtype,
-                  k_bits, k_per_word, k_by_token, k_group, k_middle)  # fmt: skip
-        logits = tl.dot(k, q, input_precision="tf32x3")  # [P, R]
-        if soft_cap > 0:
-            logits = soft_cap * _tanh(logits / soft_cap)
-        slot = start + _tokens(block, k_per_word)
-        live = (slot < length)[:, None]
-        if pos_heads > 0:
-            here = tl.load(pos_ptr + slot, mask=slot < length, other=-1)[:, None]
-            live = live & (here >= 0) & (here <= q_pos[None, :])
-            if sliding_window > 0:
-                live = live & (here > q_pos[None, :] - sliding_window)
-        logits = tl.where(live, logits, _DEAD)
-        new_top = tl.maximum(top, tl.max(logits, 0))
-        keep, p = tl.exp(top - new_top), tl.where(live, tl.exp(logits - new_top[None, :]), 0.0)
-        top, total = new_top, total * keep + tl.sum(p, 0)
-        v = _rows(v_ptr, v_scale_ptr, v_zero_ptr, base, start, channel, num_slots, dim, block, q.dtype,
-                  v_bits, v_per_word, v_by_token, v_group, v_middle)  # fmt: skip
-        p = _reordered(p, block, rows, k_per_word, v_per_word).to(q.dtype)
-        acc = tl.dot(tl.trans(v), p, acc * keep[None, :], input_precision="tf32x3")  # [D, R]
-    out = (head.to(tl.int64) * tl.num_programs(1) + split) * num_rows + row
-    tl.store(acc_ptr + out[None, :] * dim + channel[:, None], acc, mask=exists)
+        unit = start // places + tl.arange(0, words)
+        logits = ()
+        new_top = top
+        for place in tl.static_range(places):
+            x = _dot_keys(k_ptr, k_scale_ptr, k_zero_ptr, q, q_sum, base, unit, place, places, k_channel, k_exists,
+                          num_slots, dim, k_bits, k_by_token, k_group, k_middle)  # fmt: skip
+            if soft_cap > 0:
+                x = soft_cap * _tanh(x / soft_cap)
+            live = _live(pos_ptr, unit * places + place, q_pos, length, pos_heads, sliding_window)
+            logits = logits + (tl.where(live, x, _DEAD),)
+        most = logits[0]
+        for place in tl.static_range(1, places):
+            most = tl.maximum(most, logits[place])
+        new_top = tl.maximum(top, tl.max(most, 0))
+        keep = tl.exp(top - new_top)
+        acc, shift, total = acc * keep[None, None, :], shift * keep[None, None, :], total * keep[None, :]
+        top = new_top
+        for place in tl.static_range(places):
+            p = tl.where(logits[place] > _DEAD, tl.exp(logits[place] - top[None, :]), 0.0)
+            total += p
+            acc, shift = _add_values(acc, shift, p, v_ptr, v_scale_ptr, v_zero_ptr, base, unit, place, places,
+                                     v_channel, v_exists, q.dtype,
+                                     num_slots, dim, v_bits, v_by_token, v_group, v_middle)  # fmt: skip
+    acc += tl.sum(shift, 1)[:, None, :]
+    out = (base * tl.num_programs(1) + split) * num_rows + row
+    exists = v_exists[:, :, None] & (row < num_rows)[None, None, :]
+    tl.store(acc_ptr + out[None, None, :] * dim + v_channel[:, :, None], acc, mask=exists)
     tl.store(top_ptr + out, top, mask=row < num_rows)
-    tl.store(total_ptr + out, total, mask=row < num_rows)
+    tl.store(total_ptr + out, tl.sum(total, 0), mask=row < num_rows)
 
 
 @triton.jit
-def _rows(
-    codes_ptr, scale_ptr, zero_ptr, head, start, channel,
-    num_slots: tl.constexpr, dim: tl.constexpr, block: tl.constexpr, dtype: tl.constexpr,
-    bits: tl.constexpr, per_word: tl.constexpr, by_token: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
+def _channels(dim: tl.constexpr, group: tl.constexpr, cut: tl.constexpr, part: tl.constexpr):
+    """Channels in their groups, i32[D/g, g], padded to powers of two, and which of them exist."""
+    group_index, element = tl.arange(0, cut)[:, None], tl.arange(0, part)[None, :]
+    channel = group_index * group + element
+    return channel, (channel < dim) & (element < group)
+
+
+@triton.jit
+def _live(pos_ptr, slot, q_pos, length, pos_heads: tl.constexpr, sliding_window: tl.constexpr):
+    """Which slots the queries see: bool[words, 1 or R]."""
+    live = (slot < length)[:, None]
+    if pos_heads > 0:
+        here = tl.load(pos_ptr + slot, mask=slot < length, other=-1)[:, None]
+        live = live & (here >= 0) & (here <= q_pos[None, :])
+        if sliding_window > 0:
+            live = live & (here > q_pos[None, :] - sliding_window)
+    return live
+
+
+@triton.jit
+def _dot_keys(
+    ptr, scale_ptr, zero_ptr, q, q_sum, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
+    num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
+    by_token: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
 ):  # fmt: skip
-    """Decode a tile of keys or values, dtype[block, D], tokens in the order of `_tokens`."""
-    words: tl.constexpr = block // per_word
-    shape: tl.constexpr = (per_word, words, channel.shape[0])
-    word = start // per_word + tl.arange(0, words)
-    codes = _codes(codes_ptr, head, start, word, channel, num_slots, dim, block, bits, per_word)
+    """Logits of the tokens at one place of each unit, f32[words, R]."""
+    codes = _codes(ptr, head, unit[None, :, None], place, places, channel[:, None, :], exists[:, None, :],
+                   num_slots, dim, bits)  # fmt: skip
+    scale, zero = _metadata(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel[:, None, :],
+                            exists[:, None, :], num_slots, dim, by_token, group, middle)  # fmt: skip
     if by_token:
-        slot = start + _tokens(block, per_word)
-        num_groups: tl.constexpr = dim // group
-        at = (head * num_slots + slot)[:, None] * num_groups + (channel // group)[None, :]
-        mask = (slot < num_slots)[:, None] & (channel < dim)[None, :]
+        x = tl.dot(codes.to(q.dtype), q, input_precision="tf32x3")  # [D/g, words, R]
+        return tl.sum(x * scale + q_sum * (zero - _bias(bits) * scale), 0)
+    codes = codes * scale + (zero - _bias(bits) * scale)
+    return tl.sum(tl.dot(codes.to(q.dtype), q, input_precision="tf32x3"), 0)
+
+
+@triton.jit
+def _add_values(
+    acc, shift, p, ptr, scale_ptr, zero_ptr, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
+    dtype: tl.constexpr, num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
+    by_token: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
+):  # fmt: skip
+    """Add p f32[words, R] times the values at one place of each unit to acc [D/g, g, R]."""
+    codes = _codes(ptr, head, unit[None, None, :], place, places, channel[:, :, None], exists[:, :, None],
+                   num_slots, dim, bits)  # fmt: skip
+    if by_token:
+        scale, zero = _metadata(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel[:, None, :],
+                                exists[:, None, :], num_slots, dim, by_token, group, middle)  # fmt: skip
+        scaled = (p[None] * scale).to(dtype)
+        shift += p[None] * zero - _bias(bits) * scaled.to(tl.float32)
     else:
-        at = (head * (num_slots // group) + word * per_word // group)[:, None] * dim + channel[None, :]
-        mask = (word * per_word < num_slots)[:, None] & (channel < dim)[None, :]
-    scale = tl.load(scale_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        scale, zero = _metadata(scale_ptr, zero_ptr, head, unit[None, None, :], place, places, channel[:, :, None],
+                                exists[:, :, None], num_slots, dim, by_token, group, middle)  # fmt: skip
+        codes = codes * scale + (zero - _bias(bits) * scale)
+        scaled = p[None].to(dtype)
+    return tl.dot(codes.to(dtype), scaled, acc, input_precision="tf32x3"), shift
+
+
+@triton.jit
+def _metadata(
+    scale_ptr, zero_ptr, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
+    num_slots: tl.constexpr, dim: tl.constexpr, by_token: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
+):  # fmt: skip
+    """Scales and zero points, f32: [D/g, words, 1] per token, shaped like `unit` x `channel` per channel."""
+    if by_token:
+        slot = tl.minimum(unit * places + place, num_slots - 1)
+        index = tl.arange(0, channel.shape[0])[:, None, None]
+        at = (head * num_slots + slot) * (dim // group) + index
+        exists = index < dim // group
+    else:
+        first = tl.minimum(unit * places + place // group * group, num_slots - 1)
+        at = (head * (num_slots // group) + first // group) * dim + channel
+    scale = tl.load(scale_ptr + at, mask=exists, other=0.0).to(tl.float32)
     if middle >= 0:
-        zero = -scale * middle
-    else:
-        zero = tl.load(zero_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    zero -= 128.0 * scale
-    if by_token:
-        scale, zero = tl.reshape(scale, shape), tl.reshape(zero, shape)
-    else:
-        scale, zero = scale[None], zero[None]
-    return tl.reshape((codes * scale + zero).to(dtype), (block, channel.shape[0]))
+        return scale, -scale * middle
+    return scale, tl.load(zero_ptr + at, mask=exists, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _codes(
-    ptr, head, start, word, channel,
-    num_slots: tl.constexpr, dim: tl.constexpr, block: tl.constexpr, bits: tl.constexpr, per_word: tl.constexpr,
+    ptr, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
+    num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
 ):  # fmt: skip
-    """128 + codes of a tile, f32[per_word, words, D]."""
-    exists = (word * per_word < num_slots)[:, None] & (channel < dim)[None, :]
+    """Bias plus codes of the tokens at one place of each unit, f32 shaped like `unit` x `channel`."""
     if bits == 8:
-        at = (head * num_slots + word)[:, None] * dim + channel[None, :]
-        codes = tl.load(ptr + at, mask=exists, other=0)[None].to(tl.uint32)
-    else:
-        ptr += head * (num_slots * bits // 32) * dim
-        row = word // 2 * 3 + word % 2 if bits == 3 else word
-        shift = (tl.arange(0, per_word) * (32 // per_word)).to(tl.uint32)[:, None, None]
-        codes = tl.load(ptr + row[:, None] * dim + channel[None, :], mask=exists, other=0)[None] >> shift
-        codes &= (1 << (32 // per_word)) - 1
-        if bits == 3:
-            high = tl.load(ptr + (word // 2 * 3 + 2)[:, None] * dim + channel[None, :], mask=exists, other=0)[None]
-            shift = tl.arange(0, per_word)[:, None, None] + (word % 2 * 16)[None, :, None]
-            codes |= (high >> shift.to(tl.uint32) & 1) << 2
-    return ((codes << 16) | _MAGIC).to(tl.float32, bitcast=True) if bits < 8 else codes.to(tl.float32) + 128.0
+        slot = tl.minimum(unit * places + place, num_slots - 1)
+        codes = tl.load(ptr + (head * num_slots + slot) * dim + channel, mask=exists, other=0)
+        return (codes.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    width: tl.constexpr = 2 if bits == 3 else bits  # of the plane of low bits
+    per_word: tl.constexpr = 32 // width
+    word = tl.minimum(unit * (places // per_word) + place // per_word, num_slots // per_word - 1)
+    ptr += head * (num_slots * bits // 32) * dim
+    row = word // 2 * 3 + word % 2 if bits == 3 else word
+    codes = tl.load(ptr + row * dim + channel, mask=exists, other=0)
+    codes = (codes >> (place % per_word * width)) & ((1 << width) - 1)
+    if bits == 3:
+        high = tl.load(ptr + (word // 2 * 3 + 2) * dim + channel, mask=exists, other=0)
+        codes |= (high >> (word % 2 * 16 + place % 16).to(tl.uint32) & 1) << 2
+    return ((codes << 16) | 0x43000000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _tokens(block: tl.constexpr, per_word: tl.constexpr):
-    """The token of the tile at each place of our order: places of a word first, then words."""
-    place = tl.arange(0, block)
-    return place % (block // per_word) * per_word + place // (block // per_word)
-
-
-@triton.jit
-def _reordered(p, block: tl.constexpr, rows: tl.constexpr, old: tl.constexpr, new: tl.constexpr):
-    """Bring the tokens of p [block, R] from the order of `old` tokens a word to that of `new`."""
-    if old == new:
-        return p
-    p = tl.permute(tl.reshape(p, (old, block // old, rows)), (1, 0, 2))
-    return tl.reshape(tl.permute(tl.reshape(p, (block // new, new, rows)), (1, 0, 2)), (block, rows))
+def _bias(bits: tl.constexpr):
+    """What `_codes` adds: the float whose bits a code joins, exact in bfloat16 up to 7 bits."""
+    return 0.0 if bits == 8 else 128.0
 
 
 @triton.jit
