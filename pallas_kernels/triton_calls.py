@@ -10,7 +10,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, ptx_emulation
 
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "uint32": "u32", "uint8": "u8",
           "int8": "i8", "uint16": "u16", "int16": "i16", "bool": "i1"}  # fmt: skip
@@ -110,7 +110,7 @@ def _with_rewritten_helpers(function):
 
 @contextlib.contextmanager
 def _interpreter_without_torch() -> Iterator[None]:
-    """Let triton.language run in Triton's interpreter, its own device functions included, and bfloat16 be itself."""
+    """Let triton.language run in its interpreter, its device functions and our inline assembly too; true bfloat16."""
     numpy_type, scope = interpreter._get_np_dtype, interpreter._LangPatchScope()
 
     def with_bfloat16(kind):
@@ -120,7 +120,16 @@ def _interpreter_without_torch() -> Iterator[None]:
     def cast(self, src, kind, rounding=None):
         return interpreter.TensorHandle(src.data.astype(with_bfloat16(kind)), kind.scalar)
 
+    def inline_asm(self, asm, constraints, values, kinds, is_pure, pack):
+        out = ptx_emulation.run(asm, constraints, [x.data for x in values], with_bfloat16(kinds[0]), pack)
+        return SimpleNamespace(get_result=lambda index: interpreter.TensorHandle(out, kinds[0].scalar))
+
+    def constant(self, value):
+        return interpreter.TensorHandle(np.array([value], ml_dtypes.bfloat16), tl.bfloat16)
+
     scope.set_attr(interpreter, "_get_np_dtype", with_bfloat16)
+    scope.set_attr(interpreter.InterpreterBuilder, "get_bf16", constant)
+    scope.set_attr(interpreter.InterpreterBuilder, "create_inline_asm", inline_asm)
     scope.set_attr(interpreter.InterpreterBuilder, "cast_impl", cast)
     scope.set_attr(interpreter.InterpreterBuilder, "create_fp_to_fp", cast)
     for module in (tl.standard, tl):

@@ -21,6 +21,7 @@ from pallas_kernels.prefill.reference import MASK_VALUE
 from pallas_kernels.quantized_decode.block_sizes import gpu_sizes
 
 _DEAD = tl.constexpr(MASK_VALUE)
+_LEAST = tl.constexpr(MASK_VALUE / 10)  # where maxima start: a dead slot's exponential is 0 before any live one is met
 
 
 def quantized_decode(
@@ -83,8 +84,9 @@ def merge(acc: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, 
     return (acc * weight[..., None]).sum(2), most, (total * weight).sum(2)
 
 
+@triton.constexpr_function
 def _per_word(bits: int) -> int:
-    """Tokens of a word of the wider plane."""
+    """Tokens of a word; at 3 bits of one of the low bits."""
     return {2: 16, 3: 16, 4: 8, 8: 1}[bits]
 
 
@@ -130,15 +132,16 @@ def _kernel(
         pos_ptr += (head if pos_heads == num_heads else batch).to(tl.int64) * num_slots
     acc = tl.zeros((v_cut, v_part, rows), tl.float32)
     shift = tl.zeros((v_cut, words, rows), tl.float32)  # what zero points add to acc, before its sum over tokens
-    total, top = tl.zeros((words, rows), tl.float32), tl.full((rows,), _DEAD, tl.float32)
+    seen = tl.zeros((v_cut, 16, rows), tl.float32)  # what was multiplied by biased codes, in each of 16 rows
+    total, top = tl.zeros((words, rows), tl.float32), tl.full((rows,), _LEAST, tl.float32)
     first = split * tiles * block
     for start in tl.range(first, tl.minimum(first + tiles * block, length), block):
         unit = start // places + tl.arange(0, words)
-        logits = ()
-        new_top = top
+        logits, zero_logits = (), tl.zeros((k_cut, words, rows), tl.float32)
         for place in tl.static_range(places):
-            x = _dot_keys(k_ptr, k_scale_ptr, k_zero_ptr, q, q_sum, base, unit, place, places, k_channel, k_exists,
-                          num_slots, dim, k_bits, k_by_token, k_group, k_middle)  # fmt: skip
+            x, zero_logits = _dot_keys(
+                k_ptr, k_scale_ptr, k_zero_ptr, q, q_sum, zero_logits, base, unit, place, places, k_channel, k_exists,
+                num_slots, dim, k_bits, k_by_token, k_group, k_middle)  # fmt: skip
             if soft_cap > 0:
                 x = soft_cap * _tanh(x / soft_cap)
             live = _live(pos_ptr, unit * places + place, q_pos, length, pos_heads, sliding_window)
@@ -148,15 +151,16 @@ def _kernel(
             most = tl.maximum(most, logits[place])
         new_top = tl.maximum(top, tl.max(most, 0))
         keep = tl.exp(top - new_top)
-        acc, shift, total = acc * keep[None, None, :], shift * keep[None, None, :], total * keep[None, :]
-        top = new_top
+        acc, shift, seen = acc * keep[None, None, :], shift * keep[None, None, :], seen * keep[None, None, :]
+        total, top = total * keep[None, :], new_top
         for place in tl.static_range(places):
-            p = tl.where(logits[place] > _DEAD, tl.exp(logits[place] - top[None, :]), 0.0)
+            p = tl.exp(logits[place] - top[None, :])
             total += p
-            acc, shift = _add_values(acc, shift, p, v_ptr, v_scale_ptr, v_zero_ptr, base, unit, place, places,
-                                     v_channel, v_exists, q.dtype,
-                                     num_slots, dim, v_bits, v_by_token, v_group, v_middle)  # fmt: skip
-    acc += tl.sum(shift, 1)[:, None, :]
+            acc, shift, seen = _add_values(
+                acc, shift, seen, p, v_ptr, v_scale_ptr, v_zero_ptr, base, unit, place, places, v_channel, v_exists,
+                q.dtype, num_slots, dim, v_bits, v_by_token, v_group, v_middle)  # fmt: skip
+    if v_by_token:
+        acc += tl.sum(shift, 1)[:, None, :] - tl.max(seen, 1)[:, None, :] * _bias(v_bits, q.dtype)
     out = (base * tl.num_programs(1) + split) * num_rows + row
     exists = v_exists[:, :, None] & (row < num_rows)[None, None, :]
     tl.store(acc_ptr + out[None, None, :] * dim + v_channel[:, :, None], acc, mask=exists)
@@ -186,42 +190,53 @@ def _live(pos_ptr, slot, q_pos, length, pos_heads: tl.constexpr, sliding_window:
 
 @triton.jit
 def _dot_keys(
-    ptr, scale_ptr, zero_ptr, q, q_sum, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
-    num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
+    ptr, scale_ptr, zero_ptr, q, q_sum, zero_logits, head, unit, place: tl.constexpr, places: tl.constexpr,
+    channel, exists, num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
     by_token: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the tokens at one place of each unit, f32[words, R]."""
-    codes = _codes(ptr, head, unit[None, :, None], place, places, channel[:, None, :], exists[:, None, :],
-                   num_slots, dim, bits)  # fmt: skip
-    scale, zero = _metadata(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel[:, None, :],
-                            exists[:, None, :], num_slots, dim, by_token, group, middle)  # fmt: skip
+    """Logits of the tokens at one place of each unit, f32[words, R]; `zero_logits` of scaled codes, for its word."""
+    unit, channel, exists = unit[None, :, None], channel[:, None, :], exists[:, None, :]
+    low, high = _words(ptr, head, unit, place, places, channel, exists, num_slots, dim, bits)
+    scale, zero = _metadata(scale_ptr, zero_ptr, head, unit, place, places, channel, exists,
+                            num_slots, dim, by_token, group, middle)  # fmt: skip
+    if not by_token and place % _per_word(bits) == 0 and _bias(bits, q.dtype) > 0:
+        zero_logits = tl.dot(zero.to(q.dtype), q)
     if by_token:
-        x = tl.dot(codes.to(q.dtype), q, input_precision="tf32x3")  # [D/g, words, R]
-        return tl.sum(x * scale + q_sum * (zero - _bias(bits) * scale), 0)
-    codes = codes * scale + (zero - _bias(bits) * scale)
-    return tl.sum(tl.dot(codes.to(q.dtype), q, input_precision="tf32x3"), 0)
+        codes = _codes(low, high, bits, place, q.dtype)
+        x = tl.dot(codes, q, input_precision="tf32x3")  # [D/g, words, R]
+        x = x * scale + q_sum * (zero - _bias(bits, q.dtype) * scale)
+    elif _bias(bits, q.dtype) > 0:
+        codes = _scaled_codes(low, high, scale.to(q.dtype), bits, place)
+        x = tl.dot(codes, q, zero_logits)
+    else:
+        codes = _codes(low, high, bits, place, tl.float32) * scale + zero
+        x = tl.dot(codes.to(q.dtype), q, input_precision="tf32x3")
+    return tl.sum(x, 0), zero_logits
 
 
 @triton.jit
 def _add_values(
-    acc, shift, p, ptr, scale_ptr, zero_ptr, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
-    dtype: tl.constexpr, num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
+    acc, shift, seen, p, ptr, scale_ptr, zero_ptr, head, unit, place: tl.constexpr, places: tl.constexpr,
+    channel, exists, dtype: tl.constexpr, num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
     by_token: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
 ):  # fmt: skip
     """Add p f32[words, R] times the values at one place of each unit to acc [D/g, g, R]."""
-    codes = _codes(ptr, head, unit[None, None, :], place, places, channel[:, :, None], exists[:, :, None],
-                   num_slots, dim, bits)  # fmt: skip
+    low, high = _words(ptr, head, unit[None, None, :], place, places, channel[:, :, None], exists[:, :, None],
+                       num_slots, dim, bits)  # fmt: skip
     if by_token:
         scale, zero = _metadata(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel[:, None, :],
                                 exists[:, None, :], num_slots, dim, by_token, group, middle)  # fmt: skip
         scaled = (p[None] * scale).to(dtype)
-        shift += p[None] * zero - _bias(bits) * scaled.to(tl.float32)
+        shift += p[None] * zero
+        if _bias(bits, dtype) > 0:
+            seen = tl.dot(tl.full((acc.shape[0], 16, p.shape[0]), 1.0, dtype), scaled, seen)
+        codes = _codes(low, high, bits, place, dtype)
     else:
         scale, zero = _metadata(scale_ptr, zero_ptr, head, unit[None, None, :], place, places, channel[:, :, None],
                                 exists[:, :, None], num_slots, dim, by_token, group, middle)  # fmt: skip
-        codes = codes * scale + (zero - _bias(bits) * scale)
         scaled = p[None].to(dtype)
-    return tl.dot(codes.to(dtype), scaled, acc, input_precision="tf32x3"), shift
+        codes = (_codes(low, high, bits, place, tl.float32) * scale + zero).to(dtype)
+    return tl.dot(codes, scaled, acc, input_precision="tf32x3"), shift, seen
 
 
 @triton.jit
@@ -241,36 +256,81 @@ def _metadata(
     scale = tl.load(scale_ptr + at, mask=exists, other=0.0).to(tl.float32)
     if middle >= 0:
         return scale, -scale * middle
-    return scale, tl.load(zero_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    else:
+        return scale, tl.load(zero_ptr + at, mask=exists, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _codes(
+def _words(
     ptr, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
     num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
 ):  # fmt: skip
-    """Bias plus codes of the tokens at one place of each unit, f32 shaped like `unit` x `channel`."""
-    if bits == 8:
-        slot = tl.minimum(unit * places + place, num_slots - 1)
-        codes = tl.load(ptr + (head * num_slots + slot) * dim + channel, mask=exists, other=0)
-        return (codes.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    width: tl.constexpr = 2 if bits == 3 else bits  # of the plane of low bits
-    per_word: tl.constexpr = 32 // width
+    """What holds the codes at one place of each unit, shaped like `unit` x `channel`: bytes, or words.
+
+    At 3 bits also the words of the high bits, shifted so that the token's bit is where its place says; else twice.
+    """
+    per_word: tl.constexpr = _per_word(bits)
     word = tl.minimum(unit * (places // per_word) + place // per_word, num_slots // per_word - 1)
-    ptr += head * (num_slots * bits // 32) * dim
-    row = word // 2 * 3 + word % 2 if bits == 3 else word
-    codes = tl.load(ptr + row * dim + channel, mask=exists, other=0)
-    codes = (codes >> (place % per_word * width)) & ((1 << width) - 1)
+    ptr += head * (num_slots if bits == 8 else num_slots * bits // 32) * dim
     if bits == 3:
+        low = tl.load(ptr + (word // 2 * 3 + word % 2) * dim + channel, mask=exists, other=0)
         high = tl.load(ptr + (word // 2 * 3 + 2) * dim + channel, mask=exists, other=0)
-        codes |= (high >> (word % 2 * 16 + place % 16).to(tl.uint32) & 1) << 2
-    return ((codes << 16) | 0x43000000).to(tl.float32, bitcast=True)
+        return low, high >> (word % 2 * 16).to(tl.uint32)
+    else:
+        low = tl.load(ptr + word * dim + channel, mask=exists, other=0)
+        return low, low
 
 
 @triton.jit
-def _bias(bits: tl.constexpr):
-    """What `_codes` adds: the float whose bits a code joins, exact in bfloat16 up to 7 bits."""
-    return 0.0 if bits == 8 else 128.0
+def _codes(low, high, bits: tl.constexpr, place: tl.constexpr, dtype: tl.constexpr):
+    """Codes at one place, `_bias` added."""
+    if bits == 8:
+        codes = (low.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        return codes.to(dtype)
+    elif dtype == tl.bfloat16:
+        args = [low, high] if bits == 3 else [low]
+        return tl.inline_asm_elementwise(_asm(bits, place, False), _constraints(bits, False), args, tl.bfloat16, True, 2)
+    else:
+        width: tl.constexpr = 2 if bits == 3 else bits
+        codes = (low >> (place * width % 32)) & ((1 << width) - 1)
+        if bits == 3:
+            codes |= (high >> place % 16 & 1) << 2
+        codes = ((codes << 16) | 0x43000000).to(tl.float32, bitcast=True) - 128.0
+        return codes.to(dtype)
+
+
+@triton.jit
+def _scaled_codes(low, high, scale, bits: tl.constexpr, place: tl.constexpr):
+    """Codes at one place times scales, in bfloat16, without a bias."""
+    scale = tl.broadcast_to(scale, low.shape)
+    args = [low, high, scale, scale * -128.0] if bits == 3 else [low, scale, scale * -128.0]
+    return tl.inline_asm_elementwise(_asm(bits, place, True), _constraints(bits, True), args, tl.bfloat16, True, 2)
+
+
+@triton.constexpr_function
+def _asm(bits, place, scaled):
+    """Two words to two codes in bfloat16: a code joins the bits of 128.0; if scaled, times $a plus $b = -128 $a."""
+    width = 2 if bits == 3 else bits
+    shift, mask = place * width % 32, (1 << width) - 1
+    text = f"prmt.b32 t, $1, $2, {'0x5410' if shift < 16 else '0x7632'}; shr.b32 t, t, {shift % 16};"
+    text += f" lop3.b32 t, t, {mask * 0x10001:#x}, 0x43004300, 0xEA;"
+    if bits == 3:
+        move = f"shr.b32 u, u, {place % 16 - 2}" if place % 16 >= 2 else f"shl.b32 u, u, {2 - place % 16}"
+        text += f" prmt.b32 u, $3, $4, 0x5410; {move}; lop3.b32 t, u, 0x40004, t, 0xEA;"
+    first = 5 if bits == 3 else 3
+    end = f"fma.rn.bf16x2 $0, t, ${first}, ${first + 1};" if scaled else "shr.b32 $0, t, 0;"
+    return "{ .reg .b32 t; .reg .b32 u; " + text + " " + end + " }"
+
+
+@triton.constexpr_function
+def _constraints(bits, scaled):
+    return ",".join(["=r", *["r"] * ((4 if bits == 3 else 2) + 2 * scaled)])
+
+
+@triton.constexpr_function
+def _bias(bits, dtype):
+    """What `_codes` leaves in: the float whose bits a code joins, exact in bfloat16 up to 7 bits."""
+    return 128.0 if bits < 8 and dtype == tl.bfloat16 else 0.0
 
 
 @triton.jit
