@@ -2,6 +2,7 @@
 
 import dataclasses
 
+KEY_CHANNELS = VALUE_CHANNELS = 64  # that the Triton kernel works on at a time
 _PROGRAMS = 132 * 8  # programs that keep an H200 busy: its processors times programs that fit one
 
 

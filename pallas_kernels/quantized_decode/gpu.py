@@ -18,7 +18,7 @@ from pallas_kernels import triton_calls
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.prefill.reference import MASK_VALUE
-from pallas_kernels.quantized_decode.block_sizes import gpu_sizes
+from pallas_kernels.quantized_decode.block_sizes import KEY_CHANNELS, VALUE_CHANNELS, gpu_sizes
 
 _DEAD = tl.constexpr(MASK_VALUE)
 _LEAST = tl.constexpr(MASK_VALUE / 10)  # where maxima start: a dead slot's exponential is 0 before any live one is met
@@ -67,8 +67,8 @@ def quantized_decode(
             "words": sizes.words,
             "places": places,
             "tiles": sizes.tiles,
-            **_constants("k", k_format, dim),
-            **_constants("v", v_format, dim),
+            **_constants("k", k_format, dim, KEY_CHANNELS),
+            **_constants("v", v_format, dim, VALUE_CHANNELS),
         },
         interpret=interpret,
         num_warps=sizes.num_warps,
@@ -90,16 +90,26 @@ def _per_word(bits: int) -> int:
     return {2: 16, 3: 16, 4: 8, 8: 1}[bits]
 
 
-def _constants(name: str, fmt: Format, dim: int) -> dict:
-    """What the kernel must know of a format; channels are cut into `cut` parts, one per scale of a token."""
-    group = fmt.group_size if fmt.axis == "token" else dim
+def _constants(name: str, fmt: Format, dim: int, width: int) -> dict:
+    """What the kernel must know of a format.
+
+    Channels are worked on in `passes` passes over `cut` cuts of `part` channels, `stride` apart and under one scale
+    per token each: `width` channels at a time, whatever head_dim, bound the registers a tile takes.
+    """
+    group = fmt.group_size if fmt.axis == "token" else triton.next_power_of_2(dim)
+    whole = group < 16 or group & (group - 1)  # a group that cannot be cut
+    stride = group if whole else min(group, width)
+    part = max(16, triton.next_power_of_2(stride))
+    cut = min(max(1, width // part), triton.next_power_of_2(triton.cdiv(dim, stride)))
     return {
         f"{name}_bits": fmt.bits,
         f"{name}_by_token": fmt.axis == "token",
         f"{name}_group": fmt.group_size,
         f"{name}_middle": fmt.num_levels // 2 if fmt.symmetric else -1,
-        f"{name}_cut": triton.next_power_of_2(dim // group),
-        f"{name}_part": max(16, triton.next_power_of_2(group)),
+        f"{name}_passes": triton.cdiv(dim, stride * cut),
+        f"{name}_cut": cut,
+        f"{name}_part": part,
+        f"{name}_stride": stride,
     }
 
 
@@ -111,69 +121,94 @@ def _kernel(
     pos_heads: tl.constexpr, soft_cap: tl.constexpr, sliding_window: tl.constexpr,
     rows: tl.constexpr, words: tl.constexpr, places: tl.constexpr, tiles: tl.constexpr,
     k_bits: tl.constexpr, k_by_token: tl.constexpr, k_group: tl.constexpr, k_middle: tl.constexpr,
-    k_cut: tl.constexpr, k_part: tl.constexpr,
+    k_passes: tl.constexpr, k_cut: tl.constexpr, k_part: tl.constexpr, k_stride: tl.constexpr,
     v_bits: tl.constexpr, v_by_token: tl.constexpr, v_group: tl.constexpr, v_middle: tl.constexpr,
-    v_cut: tl.constexpr, v_part: tl.constexpr,
+    v_passes: tl.constexpr, v_cut: tl.constexpr, v_part: tl.constexpr, v_stride: tl.constexpr,
 ):  # fmt: skip
     """Attend from up to `rows` queries of one KV head to `tiles` tiles of slots."""
     head, split = tl.program_id(0), tl.program_id(1)
     batch, base, block = head // num_heads, head.to(tl.int64), words * places
     row = tl.program_id(2) * rows + tl.arange(0, rows)
-    k_channel, k_exists = _channels(dim, k_group if k_by_token else dim, k_cut, k_part)
-    v_channel, v_exists = _channels(dim, v_group if v_by_token else dim, v_cut, v_part)
-    q_at = (base * num_rows + row)[None, None, :] * dim + k_channel[:, :, None]
-    q_exists = k_exists[:, :, None] & (row < num_rows)[None, None, :]
-    q = tl.load(q_ptr + q_at, mask=q_exists, other=0.0)  # [D/g, g, R]
-    q_sum = tl.sum(q.to(tl.float32), 1)[:, None, :]
+    q = ()
+    for part in tl.static_range(k_passes):
+        channel, exists = _channels(part, dim, k_cut, k_part, k_stride)
+        at = (base * num_rows + row)[None, None, :] * dim + channel[:, :, None]
+        mask = exists[:, :, None] & (row < num_rows)[None, None, :]
+        q = q + (tl.load(q_ptr + at, mask=mask, other=0.0),)  # [D/g, g, R]
     length = tl.minimum(tl.load(length_ptr + batch), num_slots)
     q_pos = row
     if pos_heads > 0:
         q_pos = tl.load(q_pos_ptr + batch * num_rows + row, mask=row < num_rows, other=-1)
         pos_ptr += (head if pos_heads == num_heads else batch).to(tl.int64) * num_slots
-    acc = tl.zeros((v_cut, v_part, rows), tl.float32)
-    shift = tl.zeros((v_cut, words, rows), tl.float32)  # what zero points add to acc, before its sum over tokens
-    seen = tl.zeros((v_cut, 16, rows), tl.float32)  # what was multiplied by biased codes, in each of 16 rows
+    acc, shift, seen = (), (), ()
+    for _ in tl.static_range(v_passes):
+        acc = acc + (tl.zeros((v_cut, v_part, rows), tl.float32),)
+        shift = shift + (tl.zeros((v_cut, words, rows), tl.float32),)  # zero points' share of acc, not yet summed
+        seen = seen + (tl.zeros((v_cut, 16, rows), tl.float32),)  # what met biased codes, in each of 16 rows
     total, top = tl.zeros((words, rows), tl.float32), tl.full((rows,), _LEAST, tl.float32)
     first = split * tiles * block
     for start in tl.range(first, tl.minimum(first + tiles * block, length), block):
         unit = start // places + tl.arange(0, words)
-        logits, zero_logits = (), tl.zeros((k_cut, words, rows), tl.float32)
+        logits = ()
+        for _ in tl.static_range(places):
+            logits = logits + (tl.zeros((words, rows), tl.float32),)
+        for part in tl.static_range(k_passes):
+            logits = _dot_keys(logits, q[part], part, k_ptr, k_scale_ptr, k_zero_ptr, base, unit, places, num_slots,
+                               dim, k_bits, k_by_token, k_group, k_middle, k_cut, k_part, k_stride)  # fmt: skip
+        p, most = (), top
         for place in tl.static_range(places):
-            x, zero_logits = _dot_keys(
-                k_ptr, k_scale_ptr, k_zero_ptr, q, q_sum, zero_logits, base, unit, place, places, k_channel, k_exists,
-                num_slots, dim, k_bits, k_by_token, k_group, k_middle)  # fmt: skip
-            if soft_cap > 0:
-                x = soft_cap * _tanh(x / soft_cap)
+            x = soft_cap * _tanh(logits[place] / soft_cap) if soft_cap > 0 else logits[place]
             live = _live(pos_ptr, unit * places + place, q_pos, length, pos_heads, sliding_window)
-            logits = logits + (tl.where(live, x, _DEAD),)
-        most = logits[0]
+            p = p + (tl.where(live, x, _DEAD),)
+        peak = p[0]
         for place in tl.static_range(1, places):
-            most = tl.maximum(most, logits[place])
-        new_top = tl.maximum(top, tl.max(most, 0))
-        keep = tl.exp(top - new_top)
-        acc, shift, seen = acc * keep[None, None, :], shift * keep[None, None, :], seen * keep[None, None, :]
-        total, top = total * keep[None, :], new_top
+            peak = tl.maximum(peak, p[place])
+        most = tl.maximum(top, tl.max(peak, 0))
+        keep, logits, p, top = tl.exp(top - most), p, (), most
+        total *= keep[None, :]
         for place in tl.static_range(places):
-            p = tl.exp(logits[place] - top[None, :])
-            total += p
-            acc, shift, seen = _add_values(
-                acc, shift, seen, p, v_ptr, v_scale_ptr, v_zero_ptr, base, unit, place, places, v_channel, v_exists,
-                q.dtype, num_slots, dim, v_bits, v_by_token, v_group, v_middle)  # fmt: skip
-    if v_by_token:
-        acc += tl.sum(shift, 1)[:, None, :] - tl.max(seen, 1)[:, None, :] * _bias(v_bits, q.dtype)
+            p = p + (tl.exp(logits[place] - top[None, :]),)
+            total += p[place]
+        old, acc, old_shift, shift, old_seen, seen = acc, (), shift, (), seen, ()
+        for part in tl.static_range(v_passes):
+            more, more_shift, more_seen = _add_values(
+                old[part] * keep[None, None, :], old_shift[part] * keep[None, None, :],
+                old_seen[part] * keep[None, None, :], p, part, v_ptr, v_scale_ptr, v_zero_ptr, base, unit, places,
+                q[0].dtype, num_slots, dim, v_bits, v_by_token, v_group, v_middle, v_cut, v_part, v_stride)  # fmt: skip
+            acc, shift, seen = acc + (more,), shift + (more_shift,), seen + (more_seen,)
     out = (base * tl.num_programs(1) + split) * num_rows + row
-    exists = v_exists[:, :, None] & (row < num_rows)[None, None, :]
-    tl.store(acc_ptr + out[None, None, :] * dim + v_channel[:, :, None], acc, mask=exists)
+    for part in tl.static_range(v_passes):
+        channel, exists = _channels(part, dim, v_cut, v_part, v_stride)
+        mask = exists[:, :, None] & (row < num_rows)[None, None, :]
+        x = acc[part]
+        if v_by_token:
+            x += (tl.sum(shift[part], 1) - tl.max(seen[part], 1) * _bias(v_bits, q[0].dtype))[:, None, :]
+        tl.store(acc_ptr + out[None, None, :] * dim + channel[:, :, None], x, mask=mask)
     tl.store(top_ptr + out, top, mask=row < num_rows)
     tl.store(total_ptr + out, tl.sum(total, 0), mask=row < num_rows)
 
 
 @triton.jit
-def _channels(dim: tl.constexpr, group: tl.constexpr, cut: tl.constexpr, part: tl.constexpr):
-    """Channels in their groups, i32[D/g, g], padded to powers of two, and which of them exist."""
-    group_index, element = tl.arange(0, cut)[:, None], tl.arange(0, part)[None, :]
-    channel = group_index * group + element
-    return channel, (channel < dim) & (element < group)
+def _channels(part_index: tl.constexpr, dim: tl.constexpr, cut: tl.constexpr, part: tl.constexpr, stride: tl.constexpr):
+    """Channels of a pass, i32[cut, part], and which of them exist; true, if all do: masks hide what is consecutive."""
+    element = tl.arange(0, part)[None, :]
+    channel = (part_index * cut + tl.arange(0, cut))[:, None] * stride + element
+    if stride == part and (part_index + 1) * cut * stride <= dim:
+        exists = tl.full((cut, part), True, tl.int1)
+    else:
+        exists = (channel < dim) & (element < stride)
+    return channel, exists
+
+
+@triton.jit
+def _groups(part_index: tl.constexpr, dim: tl.constexpr, cut: tl.constexpr, stride: tl.constexpr, group: tl.constexpr):
+    """Which scale of a token each cut of a pass has, i32[cut, 1, 1], and which exist; visibly consecutive if so."""
+    index = part_index * cut + tl.arange(0, cut)[:, None, None]
+    if (part_index + 1) * cut * stride <= dim:
+        exists = tl.full((cut, 1, 1), True, tl.int1)
+    else:
+        exists = index * stride < dim
+    return index if stride == group else index * stride // group, exists
 
 
 @triton.jit
@@ -190,74 +225,117 @@ def _live(pos_ptr, slot, q_pos, length, pos_heads: tl.constexpr, sliding_window:
 
 @triton.jit
 def _dot_keys(
-    ptr, scale_ptr, zero_ptr, q, q_sum, zero_logits, head, unit, place: tl.constexpr, places: tl.constexpr,
-    channel, exists, num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
-    by_token: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
+    logits, q, part_index: tl.constexpr, ptr, scale_ptr, zero_ptr, head, unit, places: tl.constexpr,
+    num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr, by_token: tl.constexpr, group: tl.constexpr,
+    middle: tl.constexpr, cut: tl.constexpr, part: tl.constexpr, stride: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the tokens at one place of each unit, f32[words, R]; `zero_logits` of scaled codes, for its word."""
-    unit, channel, exists = unit[None, :, None], channel[:, None, :], exists[:, None, :]
-    low, high = _words(ptr, head, unit, place, places, channel, exists, num_slots, dim, bits)
-    scale, zero = _metadata(scale_ptr, zero_ptr, head, unit, place, places, channel, exists,
-                            num_slots, dim, by_token, group, middle)  # fmt: skip
-    if not by_token and place % _per_word(bits) == 0 and _bias(bits, q.dtype) > 0:
-        zero_logits = tl.dot(zero.to(q.dtype), q)
-    if by_token:
-        codes = _codes(low, high, bits, place, q.dtype)
-        x = tl.dot(codes, q, input_precision="tf32x3")  # [D/g, words, R]
-        x = x * scale + q_sum * (zero - _bias(bits, q.dtype) * scale)
-    elif _bias(bits, q.dtype) > 0:
-        codes = _scaled_codes(low, high, scale.to(q.dtype), bits, place)
-        x = tl.dot(codes, q, zero_logits)
-    else:
-        codes = _codes(low, high, bits, place, tl.float32) * scale + zero
-        x = tl.dot(codes.to(q.dtype), q, input_precision="tf32x3")
-    return tl.sum(x, 0), zero_logits
+    """Add a pass's share of the logits f32[words, R] of each place: q [cut, part, R] times keys."""
+    channel, exists = _channels(part_index, dim, cut, part, stride)
+    channel, exists = channel[:, None, :], exists[:, None, :]
+    index, index_exists = _groups(part_index, dim, cut, stride, group)
+    bias: tl.constexpr = _bias(bits, q.dtype)
+    q_sum = tl.sum(q.to(tl.float32), 1)[:, None, :]
+    zero_logits = tl.zeros((cut, unit.shape[0], q.shape[2]), tl.float32)
+    out = ()
+    for place in tl.static_range(places):
+        low, high = _words(ptr, head, unit[None, :, None], place, places, channel, exists, num_slots, dim, bits)
+        if by_token:
+            if place % 4 == 0:
+                scales = _of_tokens(scale_ptr, head, unit, place, places, index, index_exists, num_slots, dim // group)
+                if middle < 0:
+                    zeros = _of_tokens(
+                        zero_ptr, head, unit, place, places, index, index_exists, num_slots, dim // group
+                    )
+            scale = scales[place % 4].to(tl.float32)
+            zero = -scale * middle if middle >= 0 else zeros[place % 4].to(tl.float32)
+            x = tl.dot(_codes(low, high, bits, place, q.dtype), q, input_precision="tf32x3")
+            x = x * scale + q_sum * (zero - bias * scale)
+        else:
+            scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel, exists,
+                                       num_slots, dim, group, middle)  # fmt: skip
+            if bias > 0:
+                if place % _per_word(bits) == 0:
+                    zero_logits = tl.dot(zero.to(q.dtype), q)
+                x = tl.dot(_scaled_codes(low, high, scale.to(q.dtype), bits, place), q, zero_logits)
+            else:
+                codes = _codes(low, high, bits, place, tl.float32) * scale + zero
+                x = tl.dot(codes.to(q.dtype), q, input_precision="tf32x3")
+        out = out + (logits[place] + tl.sum(x, 0),)
+    return out
 
 
 @triton.jit
 def _add_values(
-    acc, shift, seen, p, ptr, scale_ptr, zero_ptr, head, unit, place: tl.constexpr, places: tl.constexpr,
-    channel, exists, dtype: tl.constexpr, num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
-    by_token: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
+    acc, shift, seen, p, part_index: tl.constexpr, ptr, scale_ptr, zero_ptr, head, unit, places: tl.constexpr,
+    dtype: tl.constexpr, num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr, by_token: tl.constexpr,
+    group: tl.constexpr, middle: tl.constexpr, cut: tl.constexpr, part: tl.constexpr, stride: tl.constexpr,
 ):  # fmt: skip
-    """Add p f32[words, R] times the values at one place of each unit to acc [D/g, g, R]."""
-    low, high = _words(ptr, head, unit[None, None, :], place, places, channel[:, :, None], exists[:, :, None],
-                       num_slots, dim, bits)  # fmt: skip
-    if by_token:
-        scale, zero = _metadata(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel[:, None, :],
-                                exists[:, None, :], num_slots, dim, by_token, group, middle)  # fmt: skip
-        scaled = (p[None] * scale).to(dtype)
-        shift += p[None] * zero
-        if _bias(bits, dtype) > 0:
-            seen = tl.dot(tl.full((acc.shape[0], 16, p.shape[0]), 1.0, dtype), scaled, seen)
-        codes = _codes(low, high, bits, place, dtype)
-    else:
-        scale, zero = _metadata(scale_ptr, zero_ptr, head, unit[None, None, :], place, places, channel[:, :, None],
-                                exists[:, :, None], num_slots, dim, by_token, group, middle)  # fmt: skip
-        scaled = p[None].to(dtype)
-        codes = (_codes(low, high, bits, place, tl.float32) * scale + zero).to(dtype)
-    return tl.dot(codes, scaled, acc, input_precision="tf32x3"), shift, seen
+    """Add each place's p f32[words, R] times a pass's channels of the values to acc [cut, part, R]."""
+    channel, exists = _channels(part_index, dim, cut, part, stride)
+    index, index_exists = _groups(part_index, dim, cut, stride, group)
+    for place in tl.static_range(places):
+        low, high = _words(ptr, head, unit[None, None, :], place, places, channel[:, :, None], exists[:, :, None],
+                           num_slots, dim, bits)  # fmt: skip
+        if by_token:
+            if place % 4 == 0:
+                scales = _of_tokens(scale_ptr, head, unit, place, places, index, index_exists, num_slots, dim // group)
+                if middle < 0:
+                    zeros = _of_tokens(
+                        zero_ptr, head, unit, place, places, index, index_exists, num_slots, dim // group
+                    )
+            scale = scales[place % 4].to(tl.float32)
+            zero = -scale * middle if middle >= 0 else zeros[place % 4].to(tl.float32)
+            scaled = (p[place][None] * scale).to(dtype)
+            shift += p[place][None] * zero
+            if _bias(bits, dtype) > 0:
+                seen = tl.dot(tl.full((cut, 16, unit.shape[0]), 1.0, dtype), scaled, seen)
+            codes = _codes(low, high, bits, place, dtype)
+        else:
+            scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, None, :], place, places,
+                                       channel[:, :, None], exists[:, :, None],
+                                       num_slots, dim, group, middle)  # fmt: skip
+            scaled = p[place][None].to(dtype)
+            codes = (_codes(low, high, bits, place, tl.float32) * scale + zero).to(dtype)
+        acc = tl.dot(codes, scaled, acc, input_precision="tf32x3")
+    return acc, shift, seen
 
 
 @triton.jit
-def _metadata(
+def _of_channels(
     scale_ptr, zero_ptr, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
-    num_slots: tl.constexpr, dim: tl.constexpr, by_token: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
+    num_slots: tl.constexpr, dim: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
 ):  # fmt: skip
-    """Scales and zero points, f32: [D/g, words, 1] per token, shaped like `unit` x `channel` per channel."""
-    if by_token:
-        slot = tl.minimum(unit * places + place, num_slots - 1)
-        index = tl.arange(0, channel.shape[0])[:, None, None]
-        at = (head * num_slots + slot) * (dim // group) + index
-        exists = index < dim // group
-    else:
-        first = tl.minimum(unit * places + place // group * group, num_slots - 1)
-        at = (head * (num_slots // group) + first // group) * dim + channel
-    scale = tl.load(scale_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    """Scales and zero points per channel at one place of each unit, f32 shaped like `unit` x `channel`."""
+    first = tl.minimum(unit * places + place // group * group, num_slots - 1)
+    at = (head * (num_slots // group) + first // group) * dim + channel
+    scale = tl.load(scale_ptr + at, mask=exists, other=0).to(tl.float32)
     if middle >= 0:
         return scale, -scale * middle
     else:
-        return scale, tl.load(zero_ptr + at, mask=exists, other=0.0).to(tl.float32)
+        return scale, tl.load(zero_ptr + at, mask=exists, other=0).to(tl.float32)
+
+
+@triton.jit
+def _of_tokens(
+    ptr, head, unit, place: tl.constexpr, places: tl.constexpr, index, exists,
+    num_slots: tl.constexpr, num_groups: tl.constexpr,
+):  # fmt: skip
+    """Scales or zero points per token at up to four places of each unit, a tuple of [cut, units, 1].
+
+    Four, because a load of a few bytes would not be asynchronous, and all would take too many registers.
+    """
+    if places == 1:
+        slot = tl.minimum(unit[None, :, None], num_slots - 1)
+        return (tl.load(ptr + (head * num_slots + slot) * num_groups + index, mask=exists, other=0),)
+    else:
+        near = tl.arange(0, 2)
+        slot = (unit * places + place)[None, :, None, None] + near[:, None] * 2 + near[None, :]
+        slot = tl.minimum(slot, num_slots - 4 + (near[:, None] * 2 + near[None, :]))  # still visibly consecutive
+        at = (head * num_slots + slot) * num_groups + index[:, :, :, None]
+        first, second = tl.split(tl.permute(tl.load(ptr + at, mask=exists[:, :, :, None], other=0), (0, 1, 3, 2)))
+        a, b = tl.split(first)
+        c, d = tl.split(second)
+        return a[:, :, None], b[:, :, None], c[:, :, None], d[:, :, None]
 
 
 @triton.jit
@@ -289,7 +367,9 @@ def _codes(low, high, bits: tl.constexpr, place: tl.constexpr, dtype: tl.constex
         return codes.to(dtype)
     elif dtype == tl.bfloat16:
         args = [low, high] if bits == 3 else [low]
-        return tl.inline_asm_elementwise(_asm(bits, place, False), _constraints(bits, False), args, tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(
+            _asm(bits, place, False), _constraints(bits, False), args, tl.bfloat16, True, 2
+        )
     else:
         width: tl.constexpr = 2 if bits == 3 else bits
         codes = (low >> (place * width % 32)) & ((1 << width) - 1)
