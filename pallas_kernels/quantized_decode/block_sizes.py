@@ -1,8 +1,15 @@
-"""Tuned sizes of the kernels, by device and shape."""
+"""Tuned sizes of the kernels, by device and shape, in tokens.
 
+Plain JAX on 2 cores, 4 bits, 16k slots, 8 KV heads, 4 queries each, processor milliseconds: blocks of 256 took 11.1,
+512 took 8.4, 1024 took 8.8; a loop for each head 11.5. Full float32 attention took 18.0.
+"""
+
+import dataclasses
 import math
 
 from pallas_kernels.formats import Format
+
+BLOCKED = 512
 
 _TPU_BLOCK = 4096  # tokens fetched together: a step of the grid costs about as much as 300 kB of traffic
 _TPU_TILE = 1024  # tokens of one step of online softmax
@@ -20,3 +27,29 @@ def tpu_sizes(num_slots: int, dim: int, k_format: Format, v_format: Format) -> t
     lanes = [128 * 32 // math.gcd(fmt.bits, 32) for fmt in (k_format, v_format) if fmt.bits < 8]
     step = math.lcm(tile, *(g * (128 if along_lanes else 16) for g in groups), *(lanes if along_lanes else ()))
     return step * max(1, min(_TPU_BLOCK, num_slots) // step), tile
+
+
+KEY_CHANNELS = VALUE_CHANNELS = 64  # that the Triton kernel works on at a time
+_PROGRAMS = 132 * 8  # programs that keep an H200 busy: its processors times programs that fit one
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuSizes:
+    """How the Triton kernel cuts a call: `splits` ranges of `tiles` tiles, `words` words high; `rows` queries each."""
+
+    splits: int
+    tiles: int
+    words: int
+    rows: int
+    num_warps: int
+    num_stages: int
+
+
+def gpu_sizes(heads: int, slots: int, rows: int, places: int) -> GpuSizes:
+    """Sizes for `heads` rows times KV heads; a word holds `places` slots."""
+    words = 16 if places > 1 else 64
+    tiles = -(-slots // (words * places))
+    splits = max(1, min(tiles // 2, _PROGRAMS // heads))
+    tiles_of_split = -(-tiles // splits)
+    padded = 8 if rows <= 8 else 16
+    return GpuSizes(-(-tiles // tiles_of_split), tiles_of_split, words, padded, num_warps=1, num_stages=2)
