@@ -25,7 +25,7 @@ def quantized_decode(
     keys, values = dequantize(k, k_format), dequantize(v, v_format)  # [B, K, S, D]
     logits = jnp.einsum("bkrd,bksd->bkrs", q.astype(jnp.float32), keys, precision="highest")
     logits = capped(logits, soft_cap)
-    live = live_slots(length, pos, q_pos, keys.shape[2], sliding_window)
+    live = live_slots(length, pos, q_pos, jnp.arange(keys.shape[2]), sliding_window)
     logits = jnp.where(live, logits, MASK_VALUE)
     top = logits.max(-1)
     p = jnp.where(live, jnp.exp(logits - top[..., None]), 0.0)
@@ -33,10 +33,10 @@ def quantized_decode(
 
 
 def live_slots(
-    length: jax.Array, pos: jax.Array | None, q_pos: jax.Array | None, num_slots: int, sliding_window: int | None
+    length: jax.Array, pos: jax.Array | None, q_pos: jax.Array | None, slots: jax.Array, sliding_window: int | None
 ) -> jax.Array:
-    """Which slots each query sees: bool[B, 1 or K, 1 or R, S]."""
-    live = (jnp.arange(num_slots)[None] < length[:, None])[:, None, None]  # [B, 1, 1, S]
+    """Which of some slots [S], at positions `pos` [B, K or 1, S], each query sees: bool[B, 1 or K, 1 or R, S]."""
+    live = (slots[None] < length[:, None])[:, None, None]  # [B, 1, 1, S]
     if pos is None or q_pos is None:
         return live
     here, at = pos[:, :, None, :], q_pos[:, None, :, None]
