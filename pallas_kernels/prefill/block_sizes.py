@@ -2,3 +2,7 @@
 
 QUERY_BLOCK = 512
 KEY_BLOCK = 256
+
+# GPU: queries and slots of a program's block; with head_dim 128 both tiles and the accumulator stay in registers.
+GPU_QUERY_BLOCK = 64
+GPU_KEY_BLOCK = 64

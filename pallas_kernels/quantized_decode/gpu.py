@@ -289,7 +289,9 @@ def _codes(low, high, bits: tl.constexpr, place: tl.constexpr, dtype: tl.constex
         return codes.to(dtype)
     elif dtype == tl.bfloat16:
         args = [low, high] if bits == 3 else [low]
-        return tl.inline_asm_elementwise(_asm(bits, place, False), _constraints(bits, False), args, tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(
+            _asm(bits, place, False), _constraints(bits, False), args, tl.bfloat16, True, 2
+        )
     else:
         width: tl.constexpr = 2 if bits == 3 else bits
         codes = (low >> (place * width % 32)) & ((1 << width) - 1)
