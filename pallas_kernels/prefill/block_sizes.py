@@ -6,3 +6,7 @@ KEY_BLOCK = 256
 # TPU: query rows (tokens times heads of a group) and slots of a block. 512 x 512 float32 logits are 1 MiB of VMEM.
 TPU_ROWS = 512
 TPU_KEY_BLOCK = 512
+
+# GPU: queries and slots of a program's block; with head_dim 128 both tiles and the accumulator stay in registers.
+GPU_QUERY_BLOCK = 64
+GPU_KEY_BLOCK = 64
