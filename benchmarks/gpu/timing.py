@@ -1,0 +1,57 @@
+"""Interleaved timing: every program once a round, medians and spread over rounds."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def interleaved(programs: Mapping[str, Callable[[], float]], rounds: int, left: Callable[[], float]) -> dict[str, dict]:
+    """Median and quartiles in seconds of each program, each of which runs and returns how long it took."""
+    samples: dict[str, list[float]] = {name: [] for name in programs}
+    for run in programs.values():
+        run()  # warm-up
+    for _ in range(rounds):
+        if left() < 0:
+            break
+        for name, run in programs.items():
+            samples[name].append(run())
+    return {name: _summary(values) for name, values in samples.items() if values}
+
+
+def wall(compiled: Callable[..., object], *args: object) -> Callable[[], float]:
+    """Seconds from call to finished result; one call holds enough work for the launch not to matter."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        return time.perf_counter() - start
+
+    return run
+
+
+def bandwidth(num_bytes: int, rounds: int, left: Callable[[], float]) -> dict[str, float]:
+    """Bytes a second of a copy (read and written bytes counted) and of a read, over buffers of `num_bytes`."""
+    x = jnp.ones(num_bytes // 4, jnp.float32)
+    programs = {"copy": wall(jax.jit(lambda x: x + 1), x), "read": wall(jax.jit(jnp.max), x), "empty": wall(_empty())}
+    times = interleaved(programs, rounds, left)
+    launch = times["empty"]["median_s"]
+    return {
+        "copy_bytes_per_s": 2 * num_bytes / (times["copy"]["median_s"] - launch),
+        "read_bytes_per_s": num_bytes / (times["read"]["median_s"] - launch),
+        "launch_s": launch,
+        "bytes": num_bytes,
+    }
+
+
+def _empty() -> Callable[[], object]:
+    x = jnp.ones((), jnp.float32)
+    f = jax.jit(lambda x: x + 1)
+    return lambda: f(x)
+
+
+def _summary(values: list[float]) -> dict:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {"median_s": float(middle), "quartiles_s": [float(low), float(high)], "rounds": len(values)}
