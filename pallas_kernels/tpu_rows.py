@@ -1,6 +1,6 @@
 """Packed rows inside Mosaic TPU kernels: half floats as integers, words as codes, and which axis lies along lanes.
 
-XLA stores an array whose last axis is no multiple of 128 with the axis before it along lanes, so that no lane is padded.
+XLA stores an array whose last axis is no multiple of 128 with the axis before it along lanes, so no lane is padded.
 A kernel takes such rows transposed, which is then no copy, and turns words, not codes, by itself.
 """
 

@@ -1,37 +1,49 @@
-"""The blocked prefill against its reference, chunks and odd sizes included."""
+"""Prefill and mass: every case on every backend that can run or be interpreted here."""
+
+import functools
+import importlib.util
 
 import chex
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import prefill as op
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.prefill.cases import CASES
 from tests.laws.parts import normal
 
-CASES = [
-    # T, S, starts, soft_cap, sliding_window
-    (1, 1, (0, 0), None, None),
-    (7, 7, (0, 0), None, None),
-    (600, 600, (0, 0), None, None),
-    (64, 700, (0, 500), None, None),
-    (130, 515, (385, 3), 20.0, None),
-    (300, 300, (0, 0), None, 17),
-    (40, 900, (860, 20), 30.0, 300),
-]
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["blocked", "tpu", "hopper", "gpu"])
+def test_a_backend_equals_the_reference(backend, name):
+    if importlib.util.find_spec(f"pallas_kernels.prefill.{backend}") is None:
+        pytest.skip(f"no {backend} backend yet")
+    case = CASES[name]
+    args, options = case.arguments()
+    call = functools.partial(getattr(op, case.function), **options)
+    want = jax.jit(functools.partial(call, implementation="reference"))(*args)
+    try:
+        got = jax.jit(functools.partial(call, implementation=backend, interpret=True))(*args)
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    tolerance = 2e-2 if case.dtype == "bfloat16" else 2e-5
+    if case.function == "mass":
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+        return
+    chex.assert_trees_all_close(
+        *(acc / jnp.where(total > 0, total, 1)[..., None] for acc, _, total in (got, want)), atol=tolerance
+    )
+    chex.assert_trees_all_close(*(top + jnp.log(total) for _, top, total in (got, want)), atol=tolerance)
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize(("queries", "slots", "starts", "soft_cap", "window"), CASES)
-def test_blocked_equals_reference(queries, slots, starts, soft_cap, window, groups):
-    q, k, v = normal(0, 2, 2, groups, queries, 16), normal(1, 2, 2, slots, 16), normal(2, 2, 2, slots, 16)
-    start, options = jnp.array(starts), {"soft_cap": soft_cap, "sliding_window": window}
-    states = [op.prefill(q, k, v, start, **options, implementation=i) for i in ("reference", "blocked")]
-    outs = [acc / total[..., None] for acc, _, total in states]
-    chex.assert_trees_all_close(*outs, atol=1e-5)
-    lse = states[0][1] + jnp.log(states[0][2])
-    length = jnp.array([queries, max(queries - 3, 0)])
-    masses = [op.mass(q, k, lse, start, length, **options, implementation=i) for i in ("reference", "blocked")]
-    chex.assert_trees_all_close(*masses, atol=1e-4)
-    chex.assert_trees_all_close(masses[0].sum(-1), jnp.broadcast_to(length[:, None] * groups * 1.0, (2, 2)), rtol=1e-4)
+def test_mass_adds_up_to_the_queries():
+    q, k, v = normal(0, 2, 2, 3, 40, 16), normal(1, 2, 2, 90, 16), normal(2, 2, 2, 90, 16)
+    start, length = jnp.array([50, 3]), jnp.array([40, 37])
+    _, top, total = op.prefill(q, k, v, start)
+    received = op.mass(q, k, top + jnp.log(total), start, length)
+    chex.assert_trees_all_close(received.sum(-1), jnp.broadcast_to(length[:, None] * 3.0, (2, 2)), rtol=1e-4)
 
 
 def test_unknown_implementations_and_shapes_are_refused():

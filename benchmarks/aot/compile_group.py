@@ -1,0 +1,50 @@
+"""Compile the programs of one group for one device and print a JSON line for each: run as a process of its own.
+
+A compiler that dies takes its process with it; whoever started this one sees which lines are missing.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+from benchmarks.aot.programs import Program, programs
+from benchmarks.aot.targets import DEVICES, compiling
+
+
+def main(device_name: str, group: str, only: str) -> None:
+    """Compile what of a group is named `only`, or all of it."""
+    device = DEVICES[device_name]
+    for program in programs(device):
+        if program.group == group and only in ("", program.name):
+            print("aot:" + json.dumps(record(device_name, program)), flush=True)
+
+
+def record(device_name: str, program: Program) -> dict[str, Any]:
+    """What the compiler says of one program."""
+    found: dict[str, Any] = {"device": device_name, "group": program.group, "name": program.name}
+    start = time.perf_counter()
+    try:
+        with compiling(DEVICES[device_name]) as place:
+            function, shapes = program.make()
+            lowered = function.lower(*place(shapes))
+            compiled = lowered.compile()
+    except Exception as error:
+        return {**found, "error": f"{type(error).__name__}: {error}"[:2000]}
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    return {
+        **found,
+        "seconds": round(time.perf_counter() - start, 2),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "kernels": sum(text.count(f'custom_call_target="{name}"') for name in KERNEL_CALLS),
+    }
+
+
+KERNEL_CALLS = ("tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call", "__gpu$xla.gpu.triton")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,111 @@
+"""What is compiled: each operation's serving cases on each backend, and whole decode steps of two models."""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import kvcomp_jax as kvc
+from benchmarks.aot.targets import Device
+from models import ModelConfig, Transformer
+from models.rope import RopeConfig
+from models.transformer import param_shapes
+
+OPERATIONS = (
+    "quantized_decode",
+    "quantize_pack",
+    "homomorphic_decode",
+    "hadamard",
+    "gather_decode",
+    "low_rank_decode",
+    "prefill",
+)
+SMOLLM2 = ModelConfig(
+    family="llama", num_layers=30, model_dim=576, num_heads=9, num_kv_heads=3, head_dim=64, ffn_dim=1536,
+    vocab_size=49152, max_positions=8192, tie_embeddings=True, ropes=(RopeConfig(theta=1e5),) * 30,
+    sliding_windows=(None,) * 30,
+)  # fmt: skip
+LLAMA3_8B = ModelConfig(
+    family="llama", num_layers=32, model_dim=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn_dim=14336,
+    vocab_size=128256, max_positions=131072, ropes=(RopeConfig(theta=5e5, dim=128),) * 32,
+    sliding_windows=(None,) * 32,
+)  # fmt: skip
+LAYERS = 2  # of the models' 30 and 32: they are all alike, and compilers take minutes for all
+STEPS = {
+    "SmolLM2-135M, 8 rows of 8k": (SMOLLM2, 8, 8192),
+    "Llama-3-8B, 8 rows of 32k": (LLAMA3_8B, 8, 32768),
+}
+METHODS = ("full", "int8", "kivi:bits=4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function and the shapes it is compiled for.
+
+    Attributes:
+      group: Operation and backend, or "decode step": what one process compiles.
+      name: Of the case.
+      make: Returns the jitted function and its arguments as ShapeDtypeStructs.
+      kernels: Whether it must contain a kernel of ours.
+    """
+
+    group: str
+    name: str
+    make: Callable[[], tuple[Any, tuple]]
+    kernels: bool = True
+
+
+def programs(device: Device) -> list[Program]:
+    """All that is compiled for a device."""
+    found = []
+    for operation in OPERATIONS:
+        if importlib.util.find_spec(f"pallas_kernels.{operation}.cases") is None:
+            continue
+        cases = importlib.import_module(f"pallas_kernels.{operation}.cases").SERVING
+        for backend in device.backends:
+            if importlib.util.find_spec(f"pallas_kernels.{operation}.{backend}") is not None:
+                group = f"{operation} / {backend}"
+                found += [
+                    Program(group, name, functools.partial(_call, operation, backend, case))
+                    for name, case in cases.items()
+                ]
+    for name, (config, batch, context) in STEPS.items():
+        for method in METHODS:
+            make = functools.partial(_step, config, method, batch, context)
+            found.append(Program(f"decode step / {name}", method, make, kernels=method != "full"))
+    return found
+
+
+def _call(operation: str, backend: str, case: Any) -> tuple[Any, tuple]:
+    api = getattr(importlib.import_module(f"pallas_kernels.{operation}"), getattr(case, "function", operation))
+    shapes, options = case.shapes(), getattr(case, "options", {})
+    arrays = [isinstance(x, tuple) or hasattr(x, "shape") for x in shapes]  # what is not an array is an option
+
+    def call(*given: Any) -> Any:
+        left = iter(given)
+        args = [next(left) if array else x for array, x in zip(arrays, shapes, strict=True)]
+        return api(*args, **options, implementation=backend)
+
+    return jax.jit(call), tuple(x for array, x in zip(arrays, shapes, strict=True) if array)
+
+
+def _step(config: ModelConfig, method: str, batch: int, context: int) -> tuple[Any, tuple]:
+    """One token a row through a model with a compressed cache, caches donated."""
+    config = dataclasses.replace(
+        config, num_layers=LAYERS, ropes=config.ropes[:LAYERS], sliding_windows=config.sliding_windows[:LAYERS]
+    )
+    model = Transformer(config, dtype=jnp.bfloat16)
+    plan = kvc.parse(method).plan(config.layout, max_len=context, prompt_len=context)
+    caches = jax.eval_shape(lambda: plan.init(batch=batch, dtype=jnp.bfloat16))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), param_shapes(config))
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+
+    def step(params: Any, tokens: jax.Array, caches: Any) -> Any:
+        return model.apply(params, tokens, caches, logits="last")
+
+    return jax.jit(step, donate_argnums=2), (params, tokens, caches)

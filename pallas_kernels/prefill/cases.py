@@ -1,0 +1,82 @@
+"""The cases that every backend is checked with: interpreted, compiled ahead of time and on hardware."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of `prefill` or `mass`; `arguments` draws it, `shapes` describes it without arrays."""
+
+    num_queries: int
+    num_slots: int
+    start: tuple[int, ...] = (0, 0)
+    groups: int = 3
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    soft_cap: float | None = None
+    sliding_window: int | None = None
+    dtype: str = "float32"  # of keys and values
+    function: str = "prefill"
+
+    def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
+        """Positional and keyword arguments; for `mass` an lse of about the right size and rows 3 queries short."""
+        rng = np.random.default_rng(seed)
+        q, k, v, start, length = (
+            jnp.asarray(rng.standard_normal(x.shape), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            for x in self._all()
+        )
+        start = jnp.asarray(self.start, jnp.int32)
+        q = q * self.head_dim**-0.5
+        if self.function == "prefill":
+            return (q, k, v, start), self.options
+        length = jnp.asarray([max(self.num_queries - 3 * i, 0) for i in range(len(self.start))], jnp.int32)
+        return (q, k, jnp.full(q.shape[:4], np.log(self.num_slots), jnp.float32), start, length), self.options
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments."""
+        return {"soft_cap": self.soft_cap, "sliding_window": self.sliding_window}
+
+    def shapes(self) -> tuple:
+        """The positional arguments as ShapeDtypeStructs."""
+        q, k, v, start, length = self._all()
+        lse = jax.ShapeDtypeStruct(q.shape[:4], jnp.float32)
+        return (q, k, v, start) if self.function == "prefill" else (q, k, lse, start, length)
+
+    def _all(self) -> tuple:
+        batch, shape = len(self.start), jax.ShapeDtypeStruct
+        rows = shape((batch, self.num_kv_heads, self.num_slots, self.head_dim), jnp.dtype(self.dtype))
+        q = shape((batch, self.num_kv_heads, self.groups, self.num_queries, self.head_dim), jnp.float32)
+        return q, rows, rows, shape((batch,), jnp.int32), shape((batch,), jnp.int32)
+
+
+_SHAPES = {
+    "one": Case(1, 1),
+    "few": Case(7, 7, groups=1),
+    "blocks": Case(300, 300),
+    "chunk": Case(64, 700, (0, 500)),
+    "odd-soft-cap": Case(130, 515, (385, 3), soft_cap=20.0),
+    "window": Case(150, 150, sliding_window=17),
+    "window-soft-cap": Case(40, 900, (860, 20), soft_cap=30.0, sliding_window=300),
+    "head_dim-80": Case(33, 130, (97, 0), head_dim=80, groups=1),
+    "head_dim-128-bfloat16": Case(48, 256, (200, 10), head_dim=128, dtype="bfloat16"),
+}
+CASES = {
+    **_SHAPES,
+    **{f"mass-{name}": dataclasses.replace(case, function="mass") for name, case in _SHAPES.items()},
+}
+
+# What the ahead-of-time compilation and the benchmarks measure: a chunk of a prompt.
+_SERVING = {
+    "head_dim-128": Case(512, 32768, (32256,), 4, 8, 128, dtype="bfloat16"),
+    "head_dim-64": Case(512, 8192, (7680,) * 2, 3, 3, 64, dtype="bfloat16"),
+    "head_dim-128-window": Case(512, 32768, (32256,), 4, 8, 128, sliding_window=4096, dtype="bfloat16"),
+}
+SERVING = {
+    **_SERVING,
+    **{f"mass-{name}": dataclasses.replace(case, function="mass") for name, case in _SERVING.items()},
+}
