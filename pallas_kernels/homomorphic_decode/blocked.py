@@ -45,29 +45,35 @@ def homomorphic_decode(
 
 def _dot(queries: tuple[jax.Array, ...], k: Quantized, sums: jax.Array, fmt: Format) -> jax.Array:
     """Logits f32[R, P] of 8-bit queries and the keys of a block."""
-    codes = _partitions(_signed(k, fmt), fmt)  # i8[G, P, g]
+    partitions, num_queries, _ = queries[0].shape
+    codes = _signed(k, fmt)  # i8[P, D]
+    integers = jnp.matmul(_block_diagonal(queries[0]), codes.T, preferred_element_type=jnp.int32)
     metadata = [x.T[:, None] for x in _metadata(k, sums, fmt)]  # [G, 1, P]
-    return _expanded("gri,gpi->grp", queries, codes, metadata, fmt.group_size)
+    return _expanded(integers.reshape(partitions, num_queries, -1), queries, metadata)
 
 
 def _mix(p: jax.Array, v: Quantized, sums: jax.Array, fmt: Format) -> jax.Array:
     """p . V f32[R, D] of a block, with p f32[R, P] rounded to 8 bits."""
-    codes = fmt.split(_signed(v, fmt))  # i8[N, g, D]
-    metadata = [x[:, None] for x in _metadata(v, sums, fmt)]  # [N, 1, D]
-    return _expanded("gri,gid->grd", to_int8(_partitions(p, fmt)), codes, metadata, fmt.group_size)
+    rounded = to_int8(_partitions(p, fmt))  # [N, R, g], ...
+    integers = jnp.einsum("nri,nid->nrd", rounded[0], fmt.split(_signed(v, fmt)), preferred_element_type=jnp.int32)
+    return _expanded(integers, rounded, [x[:, None] for x in _metadata(v, sums, fmt)])  # metadata [N, 1, D]
 
 
-def _expanded(
-    product: str, a: tuple[jax.Array, ...], codes: jax.Array, metadata: list[jax.Array], size: int
-) -> jax.Array:
-    """Sum over partitions of the products of a [G, R, g] and codes, whose metadata are [G, 1, columns]."""
-    a_codes, a_scale, a_offset = a
+def _expanded(integers: jax.Array, a: tuple[jax.Array, ...], metadata: list[jax.Array]) -> jax.Array:
+    """Sum over partitions what integer products [G, R, columns] stand for."""
+    codes, a_scale, a_offset = a
     scale, offset, sums = metadata
-    integers = jnp.einsum(product, a_codes, codes, preferred_element_type=jnp.int32).astype(jnp.float32)
-    a_sums = a_codes.astype(jnp.int32).sum(-1, keepdims=True).astype(jnp.float32)
-    by_scale = a_scale * integers + a_offset * sums  # what multiplies b's scale
-    by_offset = a_scale * a_sums + a_offset * size
+    a_sums = codes.astype(jnp.int32).sum(-1, keepdims=True).astype(jnp.float32)
+    by_scale = a_scale * integers.astype(jnp.float32) + a_offset * sums
+    by_offset = a_scale * a_sums + a_offset * codes.shape[-1]
     return (by_scale * scale + by_offset * offset).sum(0)
+
+
+def _block_diagonal(codes: jax.Array) -> jax.Array:
+    """[G, R, g] -> [G * R, G * g], zero outside a row's own partition: one plain product beats G small ones 4 times."""
+    partitions, num_queries, size = codes.shape
+    own = jnp.eye(partitions, dtype=codes.dtype)[:, None, :, None]
+    return (codes[:, :, None] * own).reshape(partitions * num_queries, partitions * size)
 
 
 def _metadata(enc: Quantized, sums: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array, jax.Array]:
