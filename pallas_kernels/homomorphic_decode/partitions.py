@@ -1,0 +1,50 @@
+"""Partitions of a contraction: what they are quantised to, and the sums that the corrections need.
+
+Inside a partition both operands are affine, a ~ sa * a' + ma and b ~ sb * b' + mb, so that
+sum a b ~ sa sb sum(a' b') + sa mb sum(a') + ma sb sum(b') + size ma mb.
+Source: HACK, Zhang et al. 2025, arXiv:2502.03589.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats import Format, Quantized
+from pallas_kernels.packing import unpack
+
+_TINY = 1e-30  # a step below it is no step: the reciprocal would overflow
+
+
+def sums_dtype(fmt: Format) -> jnp.dtype:
+    """The narrowest integers that hold the sum of a group's codes."""
+    largest = (fmt.num_levels - 1) * fmt.group_size
+    return jnp.dtype("uint8" if largest < 2**8 else "int16" if largest < 2**15 else "int32")
+
+
+def code_sums(enc: Quantized, fmt: Format) -> jax.Array:
+    """Sum the codes of every group, shaped as its scales: what `homomorphic_decode` wants stored beside them."""
+    codes = fmt.split(unpack(enc.codes, fmt.bits))
+    return codes.sum(fmt.group_axis, dtype=jnp.int32).astype(sums_dtype(fmt))
+
+
+def centre(fmt: Format) -> int:
+    """What is taken off codes so that they fit int8: 128 at 8 bits."""
+    return 128 if fmt.bits == 8 else 0
+
+
+def zero_point(enc: Quantized, scale: jax.Array, fmt: Format) -> jax.Array:
+    """Offsets of the groups in float32, stored or implied by symmetry."""
+    return -scale * (fmt.num_levels // 2) if enc.zero_point is None else enc.zero_point.astype(jnp.float32)
+
+
+def to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Quantise partitions x f32[..., size] to codes i8, scale f32[..., 1] and offset f32[..., 1], to the nearest.
+
+    Codes run over -128 .. 127. A constant partition gets scale 0; nothing of it but the offset counts. A partition of
+    probabilities with a dead slot has minimum 0, so that dead slots come back as exactly 0 up to rounding.
+    """
+    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+    scale = (high - low) * (1 / 255)
+    live = scale > _TINY
+    scale = jnp.where(live, scale, 0.0)
+    codes = jnp.clip(jnp.round((x - low) * jnp.where(live, 1 / jnp.where(live, scale, 1.0), 0.0)), 0, 255) - 128
+    return codes.astype(jnp.int8), scale, low + 128 * scale
