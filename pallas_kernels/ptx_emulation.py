@@ -40,9 +40,8 @@ def _execute(name: str, x: list) -> np.ndarray:
     if name == "shl.b32":
         return x[0] << x[1]
     if name == "prmt.b32":
-        both = x[0].astype(np.uint64) | x[1].astype(np.uint64) << np.uint64(32)
-        picked = [both >> np.uint64(8 * (int(x[2]) >> 4 * i & 7)) & np.uint64(255) for i in range(4)]
-        return sum(byte << np.uint64(8 * i) for i, byte in enumerate(picked)).astype(np.uint32)
+        both = np.stack(np.broadcast_arrays(x[0], x[1]), -1).view(np.uint8)
+        return both[..., [int(x[2]) >> 4 * i & 7 for i in range(4)]].copy().view(np.uint32)[..., 0]
     if name == "lop3.b32" and x[3] == 0xEA:
         return (x[0] & x[1]) | x[2]
     if name == "fma.rn.bf16x2":

@@ -232,34 +232,32 @@ def _dot_keys(
     """Add a pass's share of the logits f32[words, R] of each place: q [cut, part, R] times keys."""
     channel, exists = _channels(part_index, dim, cut, part, stride)
     channel, exists = channel[:, None, :], exists[:, None, :]
-    index, index_exists = _groups(part_index, dim, cut, stride, group)
     bias: tl.constexpr = _bias(bits, q.dtype)
     q_sum = tl.sum(q.to(tl.float32), 1)[:, None, :]
-    zero_logits = tl.zeros((cut, unit.shape[0], q.shape[2]), tl.float32)
     out = ()
     for place in tl.static_range(places):
-        low, high = _words(ptr, head, unit[None, :, None], place, places, channel, exists, num_slots, dim, bits)
+        if place % _per_word(bits) == 0:
+            low, high = _words(ptr, head, unit[None, :, None], place, places, channel, exists, num_slots, dim, bits)
         if by_token:
             if place % 4 == 0:
-                scales = _of_tokens(scale_ptr, head, unit, place, places, index, index_exists, num_slots, dim // group)
-                if middle < 0:
-                    zeros = _of_tokens(
-                        zero_ptr, head, unit, place, places, index, index_exists, num_slots, dim // group
-                    )
-            scale = scales[place % 4].to(tl.float32)
-            zero = -scale * middle if middle >= 0 else zeros[place % 4].to(tl.float32)
+                scales, zeros = _of_tokens(scale_ptr, zero_ptr, head, unit, place, places, part_index,
+                                           num_slots, dim, group, middle, cut, stride)  # fmt: skip
+            scale, zero = _pair(scales, zeros, place % 4, middle)
             x = tl.dot(_codes(low, high, bits, place, q.dtype), q, input_precision="tf32x3")
             x = x * scale + q_sum * (zero - bias * scale)
+        elif bias > 0:
+            if place % _per_word(bits) == 0:
+                scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel,
+                                           exists, num_slots, dim, group, middle)  # fmt: skip
+                factor = tl.broadcast_to(scale.to(q.dtype), low.shape)
+                zero_logits = tl.dot(zero.to(q.dtype), q)
+            x = tl.dot(_scaled_codes(low, high, factor, factor * -bias, bits, place), q, zero_logits)
         else:
-            scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel, exists,
-                                       num_slots, dim, group, middle)  # fmt: skip
-            if bias > 0:
-                if place % _per_word(bits) == 0:
-                    zero_logits = tl.dot(zero.to(q.dtype), q)
-                x = tl.dot(_scaled_codes(low, high, scale.to(q.dtype), bits, place), q, zero_logits)
-            else:
-                codes = _codes(low, high, bits, place, tl.float32) * scale + zero
-                x = tl.dot(codes.to(q.dtype), q, input_precision="tf32x3")
+            if place % _per_word(bits) == 0:
+                scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel,
+                                           exists, num_slots, dim, group, middle)  # fmt: skip
+            codes = _codes(low, high, bits, place, tl.float32) * scale + zero
+            x = tl.dot(codes.to(q.dtype), q, input_precision="tf32x3")
         out = out + (logits[place] + tl.sum(x, 0),)
     return out
 
@@ -272,28 +270,24 @@ def _add_values(
 ):  # fmt: skip
     """Add each place's p f32[words, R] times a pass's channels of the values to acc [cut, part, R]."""
     channel, exists = _channels(part_index, dim, cut, part, stride)
-    index, index_exists = _groups(part_index, dim, cut, stride, group)
+    channel, exists = channel[:, :, None], exists[:, :, None]
     for place in tl.static_range(places):
-        low, high = _words(ptr, head, unit[None, None, :], place, places, channel[:, :, None], exists[:, :, None],
-                           num_slots, dim, bits)  # fmt: skip
+        if place % _per_word(bits) == 0:
+            low, high = _words(ptr, head, unit[None, None, :], place, places, channel, exists, num_slots, dim, bits)
         if by_token:
             if place % 4 == 0:
-                scales = _of_tokens(scale_ptr, head, unit, place, places, index, index_exists, num_slots, dim // group)
-                if middle < 0:
-                    zeros = _of_tokens(
-                        zero_ptr, head, unit, place, places, index, index_exists, num_slots, dim // group
-                    )
-            scale = scales[place % 4].to(tl.float32)
-            zero = -scale * middle if middle >= 0 else zeros[place % 4].to(tl.float32)
+                scales, zeros = _of_tokens(scale_ptr, zero_ptr, head, unit, place, places, part_index,
+                                           num_slots, dim, group, middle, cut, stride)  # fmt: skip
+            scale, zero = _pair(scales, zeros, place % 4, middle)
             scaled = (p[place][None] * scale).to(dtype)
             shift += p[place][None] * zero
             if _bias(bits, dtype) > 0:
                 seen = tl.dot(tl.full((cut, 16, unit.shape[0]), 1.0, dtype), scaled, seen)
             codes = _codes(low, high, bits, place, dtype)
         else:
-            scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, None, :], place, places,
-                                       channel[:, :, None], exists[:, :, None],
-                                       num_slots, dim, group, middle)  # fmt: skip
+            if place % _per_word(bits) == 0:
+                scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, None, :], place, places, channel,
+                                           exists, num_slots, dim, group, middle)  # fmt: skip
             scaled = p[place][None].to(dtype)
             codes = (_codes(low, high, bits, place, tl.float32) * scale + zero).to(dtype)
         acc = tl.dot(codes, scaled, acc, input_precision="tf32x3")
@@ -305,8 +299,8 @@ def _of_channels(
     scale_ptr, zero_ptr, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
     num_slots: tl.constexpr, dim: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
 ):  # fmt: skip
-    """Scales and zero points per channel at one place of each unit, f32 shaped like `unit` x `channel`."""
-    first = tl.minimum(unit * places + place // group * group, num_slots - 1)
+    """Scales and zero points per channel of the words that start at a place, f32 shaped like `unit` x `channel`."""
+    first = tl.minimum(unit * places + place, num_slots - 1)
     at = (head * (num_slots // group) + first // group) * dim + channel
     scale = tl.load(scale_ptr + at, mask=exists, other=0).to(tl.float32)
     if middle >= 0:
@@ -317,25 +311,46 @@ def _of_channels(
 
 @triton.jit
 def _of_tokens(
-    ptr, head, unit, place: tl.constexpr, places: tl.constexpr, index, exists,
-    num_slots: tl.constexpr, num_groups: tl.constexpr,
+    scale_ptr, zero_ptr, head, unit, place: tl.constexpr, places: tl.constexpr, part_index: tl.constexpr,
+    num_slots: tl.constexpr, dim: tl.constexpr, group: tl.constexpr, middle: tl.constexpr,
+    cut: tl.constexpr, stride: tl.constexpr,
 ):  # fmt: skip
-    """Scales or zero points per token at up to four places of each unit, a tuple of [cut, units, 1].
+    """Scales and zero points per token at four places of each unit, if it has so many: tuples of [cut, units, 1].
 
     Four, because a load of a few bytes would not be asynchronous, and all would take too many registers.
     """
+    index, exists = _groups(part_index, dim, cut, stride, group)
     if places == 1:
-        slot = tl.minimum(unit[None, :, None], num_slots - 1)
-        return (tl.load(ptr + (head * num_slots + slot) * num_groups + index, mask=exists, other=0),)
+        slot = tl.minimum(unit, num_slots - 1)[None, :, None]
+        at = (head * num_slots + slot) * (dim // group) + index
+        scales = (tl.load(scale_ptr + at, mask=exists, other=0),)
+        zeros = (tl.load(zero_ptr + at, mask=exists, other=0),) if middle < 0 else scales
     else:
-        near = tl.arange(0, 2)
-        slot = (unit * places + place)[None, :, None, None] + near[:, None] * 2 + near[None, :]
-        slot = tl.minimum(slot, num_slots - 4 + (near[:, None] * 2 + near[None, :]))  # still visibly consecutive
-        at = (head * num_slots + slot) * num_groups + index[:, :, :, None]
-        first, second = tl.split(tl.permute(tl.load(ptr + at, mask=exists[:, :, :, None], other=0), (0, 1, 3, 2)))
-        a, b = tl.split(first)
-        c, d = tl.split(second)
-        return a[:, :, None], b[:, :, None], c[:, :, None], d[:, :, None]
+        near = tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        slot = tl.minimum((unit * places + place)[:, None, None], num_slots - 4) + near
+        at = (head * num_slots + slot)[None] * (dim // group) + index[:, :, :, None]
+        scales = _quarters(tl.load(scale_ptr + at, mask=exists[:, :, :, None], other=0))
+        zeros = _quarters(tl.load(zero_ptr + at, mask=exists[:, :, :, None], other=0)) if middle < 0 else scales
+    return scales, zeros
+
+
+@triton.jit
+def _quarters(x):
+    """[cut, units, 2, 2] -> four [cut, units, 1], in order."""
+    early, late = tl.split(tl.permute(x, (0, 1, 3, 2)))
+    a, b = tl.split(early)
+    c, d = tl.split(late)
+    return a[:, :, None], b[:, :, None], c[:, :, None], d[:, :, None]
+
+
+@triton.jit
+def _pair(scales, zeros, index: tl.constexpr, middle: tl.constexpr):
+    """A scale and its zero point in float32; symmetric formats have theirs at the middle code."""
+    scale = scales[index].to(tl.float32)
+    if middle >= 0:
+        return scale, -scale * middle
+    else:
+        return scale, zeros[index].to(tl.float32)
 
 
 @triton.jit
@@ -380,10 +395,9 @@ def _codes(low, high, bits: tl.constexpr, place: tl.constexpr, dtype: tl.constex
 
 
 @triton.jit
-def _scaled_codes(low, high, scale, bits: tl.constexpr, place: tl.constexpr):
-    """Codes at one place times scales, in bfloat16, without a bias."""
-    scale = tl.broadcast_to(scale, low.shape)
-    args = [low, high, scale, scale * -128.0] if bits == 3 else [low, scale, scale * -128.0]
+def _scaled_codes(low, high, scale, shift, bits: tl.constexpr, place: tl.constexpr):
+    """Codes at one place times scales, in bfloat16; `shift` takes the bias off."""
+    args = [low, high, scale, shift] if bits == 3 else [low, scale, shift]
     return tl.inline_asm_elementwise(_asm(bits, place, True), _constraints(bits, True), args, tl.bfloat16, True, 2)
 
 
