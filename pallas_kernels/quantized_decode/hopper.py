@@ -2,10 +2,10 @@
 
 A block of one warpgroup attends from 8 query rows of a KV head to a range of slots, in tiles of 128 that the copy
 engine brings. Both products take the cache as their left operand, from registers, and the queries fill the short
-side: logits [128, 8] = keys [128, D] x q, then acc [D, 8 G] += values [D, 128] x probs.
+side: logits [128, 8] = keys [128, D] x q, then acc [D, 8 G] += values [D, 128] x probs, each 64 channels at a time.
 
-Scales of values per token fold into probs, once for each of the G groups of channels, and codes enter as they are; a
-channel keeps its own group's 8 columns at the end. Keys, and values with scales per channel, are scaled in registers
+Scales of values per token fold into probs, once for each of the G groups in 64 channels, and codes enter as they are;
+a channel keeps its own group's 8 columns at the end. Keys, and values with scales per channel, are scaled in registers
 before they are rounded to bfloat16: folding their scales into q would take a q for every group of a tile.
 
 More than 8 query rows read the cache once for every 8, mostly from L2.
@@ -27,7 +27,7 @@ from pallas_kernels.mosaic_gpu import COLUMNS, ROWS, Machine, operand, require_h
 from pallas_kernels.prefill.reference import MASK_VALUE
 from pallas_kernels.quantized_decode import hopper_registers as registers
 from pallas_kernels.quantized_decode.block_sizes import HOPPER_STAGES, hopper_splits
-from pallas_kernels.quantized_decode.hopper_codes import TILE, UNIT, UNITS, Keys, Values, order_for
+from pallas_kernels.quantized_decode.hopper_codes import PIECE, TILE, UNIT, UNITS, Keys, Values, order_for
 
 _LOG2E = math.log2(math.e)
 _COLUMNS = 8  # query rows of a block, the matrix unit's shortest side
@@ -48,11 +48,22 @@ class _Plan:
     sliding_window: int | None
     splits: int
     tiles: int  # of a split
+    pieces: int  # of a head
+
+    @property
+    def v_part(self) -> int:
+        """Channels that share a scale of a value, or all."""
+        return self.v_format.group_size if self.v_format.axis == "token" else self.pieces * PIECE
 
     @property
     def v_groups(self) -> int:
         """Scales of a value, each with its own columns of probs."""
-        return self.values.dim // self.v_format.group_size if self.v_format.axis == "token" else 1
+        return self.pieces * PIECE // self.v_part
+
+    def columns(self, piece: int) -> slice:
+        """Columns of probs that serve a piece of values."""
+        first = piece * PIECE // self.v_part
+        return slice(first * _COLUMNS, (first + max(1, PIECE // self.v_part)) * _COLUMNS)
 
 
 def quantized_decode(
@@ -78,9 +89,9 @@ def quantized_decode(
     per_split = -(-tiles // hopper_splits(batch * heads * row_blocks, tiles))
     part = k_format.group_size if k_format.axis == "token" else dim
     plan = _Plan(
-        Machine(interpret), k_format, v_format, Keys(k_format.bits, order, dim, part),
-        Values(v_format.bits, order, dim), row_blocks, 0 if pos is None else pos.shape[1], soft_cap, sliding_window,
-        -(-tiles // per_split), per_split,
+        Machine(interpret), k_format, v_format, Keys(k_format.bits, order, part),
+        Values(v_format.bits, order), row_blocks, 0 if pos is None else pos.shape[1], soft_cap, sliding_window,
+        -(-tiles // per_split), per_split, dim // PIECE,
     )  # fmt: skip
     q = plan.keys.columns(_blocks_of_rows(q, row_blocks, 2)).reshape(batch, heads * row_blocks, _COLUMNS, dim)
     still = [q.astype(jnp.bfloat16), length]
@@ -96,8 +107,8 @@ def quantized_decode(
 
 
 def _check(rows: int, dim: int, slots: int, k_format: Format, v_format: Format):
-    if dim not in (64, 128):
-        raise Unsupported(f"head_dim={dim}: the matrix unit's tiles are cut for 64 and 128.")
+    if dim % PIECE or dim > 256:
+        raise Unsupported(f"head_dim={dim} must be 64, 128, 192 or 256.")
     if rows > 64:
         raise Unsupported(f"{rows} query rows a KV head read the cache too often; 64 is the limit.")
     if slots % UNIT:
@@ -105,8 +116,8 @@ def _check(rows: int, dim: int, slots: int, k_format: Format, v_format: Format):
     for fmt in (k_format, v_format):
         if fmt.axis == "channel" and fmt.group_size not in (32, 64, 128):
             raise Unsupported(f"group_size={fmt.group_size} per channel must be 32, 64 or 128 tokens.")
-        if fmt.axis == "token" and not 16 <= fmt.group_size <= dim:
-            raise Unsupported(f"group_size={fmt.group_size} per token must be 16 channels or more.")
+        if fmt.axis == "token" and not (fmt.group_size in (16, 32, 64) or fmt.group_size % PIECE == 0):
+            raise Unsupported(f"group_size={fmt.group_size} per token must be 16, 32 or a multiple of {PIECE}.")
     order = order_for(k_format.bits, v_format.bits)
     if order is None:
         raise Unsupported(
@@ -162,7 +173,7 @@ def _call(plan: _Plan, still: list[jax.Array], streams: dict[str, jax.Array]) ->
 
 def _kernel(plan, still, streams, acc_gmem, top_gmem, sum_gmem, q_smem, p_smem, barrier):
     """Attend from 8 query rows to the tiles of one split."""
-    machine, wide = plan.machine, _COLUMNS * plan.v_groups
+    machine = plan.machine
     b, h, s = (lax.axis_index(name) for name in "bhs")
     q_gmem, length_gmem = still[:2]
     plgpu.copy_gmem_to_smem(q_gmem.at[b, h], q_smem, barrier)
@@ -172,12 +183,9 @@ def _kernel(plan, still, streams, acc_gmem, top_gmem, sum_gmem, q_smem, p_smem, 
     token = plan.keys.order.token(machine.iota((TILE,), 0, ROWS))
 
     def step(index, *refs_and_state):
-        *refs, (acc, shift, top, total) = refs_and_state
+        *refs, (accs, shift, top, total) = refs_and_state
         tile = dict(zip(streams, refs, strict=True))
-        keys = _keys(plan, tile)
-        logits = machine.dot(machine.full((TILE, _COLUMNS), 0.0), keys, q_smem)
-        if plan.soft_cap is not None:
-            logits = plan.soft_cap * _tanh(logits * (1 / plan.soft_cap))
+        logits = _logits(plan, tile, q_smem)
         live = _live(plan, tile, (first + index[0]) * TILE + token, length, q_pos)
         logits = jnp.where(live, logits * _LOG2E, MASK_VALUE)
         new_top = jnp.maximum(top, logits.max(0))
@@ -186,14 +194,14 @@ def _kernel(plan, still, streams, acc_gmem, top_gmem, sum_gmem, q_smem, p_smem, 
         total = total * _along(keep, total, 1) + probs
         weights, extra = _weights(plan, tile, probs)
         machine.store_transposed(weights, p_smem)
-        keep = registers.beside(machine, [keep] * plan.v_groups)
-        shift = shift * _along(keep, shift, 1) + extra
-        acc = machine.dot(acc * _along(keep, acc, 1), _values(plan, tile), p_smem)
-        return acc, shift, new_top, total
+        shift = _times(plan, shift, keep) + extra
+        accs = [_add_values(plan, tile, i, _times(plan, acc, keep), p_smem) for i, acc in enumerate(accs)]
+        return accs, shift, new_top, total
 
+    wide = plan.columns(0).stop
     start = (
-        machine.full((plan.values.dim, wide), 0.0),
-        machine.full((64, wide), 0.0),
+        [machine.full((PIECE, wide), 0.0)] * plan.pieces,
+        machine.full((PIECE, _COLUMNS * plan.v_groups), 0.0),
         machine.full((_COLUMNS,), MASK_VALUE, COLUMNS),
         machine.full((TILE, _COLUMNS), 0.0),
     )
@@ -205,8 +213,11 @@ def _kernel(plan, still, streams, acc_gmem, top_gmem, sum_gmem, q_smem, p_smem, 
         max_concurrent_steps=HOPPER_STAGES,
         init_carry=start,
     )
-    acc, shift, top, total = pipeline(*streams.values())
-    acc_gmem[b, h, s] = _own_columns(plan, acc + _along(shift.sum(0), acc, 1))
+    accs, shift, top, total = pipeline(*streams.values())
+    shift = shift.sum(0)
+    for i, acc in enumerate(accs):
+        acc = acc + _along(shift[plan.columns(i)], acc, 1)
+        acc_gmem[b, h, s, i * PIECE : (i + 1) * PIECE] = _own_columns(plan, acc)
     top_gmem[b, h, s] = top * (1 / _LOG2E)
     sum_gmem[b, h, s] = total.sum(0)
 
@@ -220,28 +231,42 @@ def _spec(plan: _Plan, name: str, ref: Any, b: Any, h: Any, first: Any) -> pl.Bl
     return pl.BlockSpec((None, None, per_tile, *rest), lambda i: (b, head, first + i, *(0 for _ in rest)))
 
 
-def _keys(plan: _Plan, tile: dict[str, Any]) -> jax.Array:
-    """The left operand of logits, bf16[128, D]."""
-    by_channel = plan.k_format.axis == "channel"
-    return registers.keys(plan.machine, tile["k"], _scales(plan, tile, "k"), by_channel, plan.keys)
+def _logits(plan: _Plan, tile: dict[str, Any], q_smem: Any) -> jax.Array:
+    """Logits of a tile, f32[128, 8]."""
+    machine, by_channel = plan.machine, plan.k_format.axis == "channel"
+    logits = machine.full((TILE, _COLUMNS), 0.0)
+    for i in range(plan.pieces):
+        scales = _scales(plan, tile, "k", i)
+        keys = registers.keys(machine, _piece(tile["k"], i), scales, by_channel, plan.keys, i)
+        logits = machine.dot(logits, keys, _piece(q_smem, i))
+    return logits if plan.soft_cap is None else plan.soft_cap * _tanh(logits * (1 / plan.soft_cap))
 
 
-def _values(plan: _Plan, tile: dict[str, Any]) -> jax.Array:
-    """The left operand of acc, bf16[D, 128]."""
-    scales = _scales(plan, tile, "v") if plan.v_format.axis == "channel" else []
-    return registers.values(plan.machine, tile["v"], scales, plan.values)
+def _add_values(plan: _Plan, tile: dict[str, Any], i: int, acc: jax.Array, p_smem: Any) -> jax.Array:
+    """acc [64, n] plus a piece of values times probs."""
+    scales = _scales(plan, tile, "v", i) if plan.v_format.axis == "channel" else []
+    values = registers.values(plan.machine, _piece(tile["v"], i), scales, plan.values)
+    return plan.machine.dot(acc, values, p_smem.at[plan.columns(i)])
 
 
-def _scales(plan: _Plan, tile: dict[str, Any], name: str) -> list[jax.Array]:
+def _piece(ref: Any, i: int) -> Any:
+    """Channels of a piece, along the last axis."""
+    return ref.at[..., i * PIECE : (i + 1) * PIECE]
+
+
+def _scales(plan: _Plan, tile: dict[str, Any], name: str, i: int = 0) -> list[jax.Array]:
     """Scale and zero point of codes less the middle, f32, in the registers of the codes that they belong to."""
     fmt, form = (plan.k_format, plan.keys) if name == "k" else (plan.v_format, plan.values)
     scale_ref, zero_ref = tile[f"{name}_scale"], tile.get(f"{name}_zero")
-    if fmt.axis == "channel":
-        layout = form.scales(scale_ref.shape[0]).layout()
-    else:
-        layout = form.order.metadata(scale_ref.shape[1] // UNIT).layout()
-    middle, load = registers.middle(fmt.bits), lambda ref: plan.machine.load(ref, layout).astype(jnp.float32)
-    scale = load(scale_ref)
+
+    def load(ref):
+        if fmt.axis == "channel":
+            x = plan.machine.load(_piece(ref, i), form.scales(ref.shape[0]).layout())
+        else:
+            x = plan.machine.load(ref, form.order.metadata(ref.shape[1] // UNIT).layout())
+        return x.astype(jnp.float32)
+
+    scale, middle = load(scale_ref), registers.middle(fmt.bits)
     if zero_ref is None:
         return [scale, scale * (middle - fmt.num_levels // 2)]
     return [scale, load(zero_ref) + scale * middle]
@@ -251,14 +276,11 @@ def _weights(plan: _Plan, tile: dict[str, Any], probs: jax.Array) -> tuple[jax.A
     """Probs with the scales of values, bf16[128, 8 G], and what zero points then add to acc, f32[64, 8 G]: summed."""
     machine = plan.machine
     if plan.v_format.axis == "channel":
-        return probs.astype(jnp.bfloat16), machine.full((64, _COLUMNS), 0.0)
+        return probs.astype(jnp.bfloat16), machine.full((PIECE, _COLUMNS), 0.0)
     scales, zeros = (registers.by_row(machine, x, plan.keys.order) for x in _scales(plan, tile, "v"))
-    weights, extras = [], []
-    for scale, zero_point in zip(scales, zeros, strict=True):
-        weight = (probs * _along(scale, probs, 0)).astype(jnp.bfloat16)
-        extra = probs * _along(zero_point, probs, 0) - weight.astype(jnp.float32) * registers.bias(plan.v_format.bits)
-        weights.append(weight)
-        extras.append(extra[:64] + extra[64:])
+    weights = [(probs * _along(scale, probs, 0)).astype(jnp.bfloat16) for scale in scales]
+    extras = [probs * _along(zero_point, probs, 0) for zero_point in zeros]
+    extras = [extra[:PIECE] + extra[PIECE:] for extra in extras]
     return registers.beside(machine, weights), registers.beside(machine, extras)
 
 
@@ -276,13 +298,17 @@ def _live(plan: _Plan, tile: dict[str, Any], slot: jax.Array, length: Any, q_pos
 
 
 def _own_columns(plan: _Plan, acc: jax.Array) -> jax.Array:
-    """Keep of acc [D, 8 G], for each channel, the columns of its own group: [D, 8]."""
-    row = plan.machine.iota((plan.values.dim, _COLUMNS), 0)
-    group = plan.values.channel(row) // plan.v_format.group_size
+    """Keep of acc [64, n], for each channel, the columns of its own group: [64, 8]."""
+    group = plan.values.channel(plan.machine.iota((PIECE, _COLUMNS), 0)) // plan.v_part
     own = acc[:, :_COLUMNS]
-    for g in range(1, plan.v_groups):
+    for g in range(1, acc.shape[1] // _COLUMNS):
         own = jnp.where(group == g, acc[:, g * _COLUMNS : (g + 1) * _COLUMNS], own)
     return own
+
+
+def _times(plan: _Plan, acc: jax.Array, keep: jax.Array) -> jax.Array:
+    """Scale every 8 columns of acc alike."""
+    return acc * _along(registers.beside(plan.machine, [keep] * (acc.shape[1] // _COLUMNS)), acc, 1)
 
 
 def _tanh(x: jax.Array) -> jax.Array:

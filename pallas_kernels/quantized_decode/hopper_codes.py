@@ -1,9 +1,9 @@
 """From packed words to the registers that wgmma reads: which thread loads what, and where each code goes.
 
-A tile is 128 tokens, 4 units of 32. The matrix unit takes its left operand from registers in 64 x 16 pieces, of which
-thread (warp, r, c) holds rows `16 warp + r + 8 b` and columns `2 c + e + 8 h`. A word holds tokens of one channel, so
-a thread that loads the words of two columns has several rows of both, and the order of tokens is chosen so that it
-needs no other thread's. Row `64 m + 16 warp + 8 b + r` of a tile, r = n q + rho, is
+A tile is 128 tokens, 4 units of 32, and 64 channels, a piece of a head. The matrix unit takes its left operand from
+registers in 64 x 16 parts, of which thread (warp, r, c) holds rows `16 warp + r + 8 b` and columns `2 c + e + 8 h`. A
+word holds tokens of one channel, so a thread that loads the words of two columns has several rows of both, and the
+order of tokens is chosen so that it needs no other thread's. Row `64 m + 16 warp + 8 b + r` of a tile, r = n q + rho, is
 
     token 32 warp + T rho + T/2 m + 2 q + b,   T = 32 / n,
 
@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import Registers
 from pallas_kernels.packing import unpack
 
 TILE, UNIT, UNITS = 128, 32, 4
+PIECE = 64
 _ROWS = tuple((m, b) for m in range(2) for b in range(2))  # rows of a thread in a tile
 
 
@@ -76,12 +76,11 @@ class Keys:
     Thread c takes `vector` adjacent channels, so columns are channels in another order, and q must follow it.
 
     Attributes:
-      part: Channels that share a scale, which a thread's must not straddle; `dim` where scales cover tokens.
+      part: Channels that share a scale, which a thread's must not straddle; `PIECE` or more where scales cover tokens.
     """
 
     bits: int
     order: Order
-    dim: int
     part: int
 
     @property
@@ -92,10 +91,10 @@ class Keys:
     @property
     def channels(self) -> tuple[tuple[str, int], ...]:
         """The channels as factors."""
-        return ("j", self.dim // (4 * self.vector)), ("c", 4), ("x", self.vector)
+        return ("j", PIECE // (4 * self.vector)), ("c", 4), ("x", self.vector)
 
     def registers(self, plane: tuple[int, int, int]) -> Registers:
-        """Where a plane [4, rows, D] goes."""
+        """Where a plane [4, rows, 64] goes."""
         bits, start, stop = plane
         unit = (("warp", UNITS),)
         if bits == 8:
@@ -104,17 +103,17 @@ class Keys:
         return Registers((unit, (("rho", rows),), self.channels), ("warp",), (8 // rows, "rho", "c"))
 
     def scales(self, num_groups: int) -> Registers:
-        """Where scales per channel [num_groups, D] of a tile go."""
+        """Where scales per channel [num_groups, 64] of a tile go."""
         return Registers(((("group", num_groups),), self.channels), ("group", UNITS // num_groups), (8, "c"))
 
     def columns(self, x: jax.Array) -> jax.Array:
-        """Bring channels [..., D] into the order of columns."""
-        parts = x.reshape(-1, self.dim // (4 * self.vector), 4, self.vector // 4, 2, 2)  # j, c, step, h, e
+        """Bring channels [..., D], in pieces, into the order of columns."""
+        parts = x.reshape(-1, PIECE // (4 * self.vector), 4, self.vector // 4, 2, 2)  # j, c, step, h, e
         return parts.transpose(0, 1, 3, 4, 2, 5).reshape(x.shape)
 
     def decode(self, words: jax.Array) -> jax.Array:
-        """Codes of [4, rows, D] as `pairs` must place them: [128, D]."""
-        return self.columns(self.order.arrange(unpack(words.reshape(-1, self.dim), self.bits)))
+        """Codes of [4, rows, 64] as `pairs` must place them: [128, 64]."""
+        return self.columns(self.order.arrange(unpack(words.reshape(-1, PIECE), self.bits)))
 
     def pairs(self, words: list, lane: Any) -> Iterator[tuple]:
         """The operand register by register: its index (m, block of 8 columns, b), j, x, and two codes in halves.
@@ -127,7 +126,7 @@ class Keys:
         """
         n = self.order.n
         q, rho = (lane >> 2) // n, (lane >> 2) % n
-        for block in range(self.dim // 8):
+        for block in range(PIECE // 8):
             j, x = divmod(2 * block, self.vector)
             if self.bits == 8:
                 for m, b in _ROWS:
@@ -148,15 +147,14 @@ class Values:
 
     bits: int
     order: Order
-    dim: int
 
     @property
     def channels(self) -> tuple[tuple[str, int], ...]:
         """The channels as factors: a thread takes adjacent ones."""
-        return ("warp", 4), ("r", 8), ("x", self.dim // 32)
+        return ("warp", 4), ("r", 8), ("x", 2)
 
     def registers(self, plane: tuple[int, int, int]) -> Registers:
-        """Where a plane [4, rows, D] goes."""
+        """Where a plane [4, rows, 64] goes."""
         bits, start, stop = plane
         unit, n = (("unit", UNITS),), self.order.n
         rows: tuple[tuple[str, int], ...] = (("hi", n // 2), ("e", 2))
@@ -167,27 +165,25 @@ class Values:
         return Registers((unit, rows, self.channels), ("warp",), ("r", 8 // n, "hi"))
 
     def scales(self, num_groups: int) -> Registers:
-        """Where scales per channel [num_groups, D] of a tile go."""
+        """Where scales per channel [num_groups, 64] of a tile go."""
         return Registers(((("group", num_groups),), self.channels), ("warp",), ("r", 4))
 
     def channel(self, row: Any) -> Any:
         """Channel at a row; integers or arrays of them."""
-        m, warp, b, r = row // 64, row // 16 % 4, row // 8 % 2, row % 8
-        return self.dim // 4 * warp + self.dim // 32 * r + 2 * m + b
+        warp, b, r = row // 16, row // 8 % 2, row % 8
+        return 16 * warp + 2 * r + b
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """Bring channels [D, ...] into the order of rows."""
-        parts = x.reshape(4, 8, self.dim // 64, 2, -1)  # warp, r, m, b
-        return parts.transpose(2, 0, 3, 1, 4).reshape(x.shape)
+        """Bring channels [64, ...] into the order of rows."""
+        return x.reshape(4, 8, 2, -1).swapaxes(1, 2).reshape(x.shape)
 
     def channels_of(self, x: jax.Array) -> jax.Array:
-        """Undo `rows`, along the last axis: [..., D]."""
-        parts = x.reshape(*x.shape[:-1], self.dim // 64, 4, 2, 8)  # m, warp, b, r
-        return jnp.moveaxis(parts, (-3, -1), (-4, -3)).reshape(x.shape)
+        """Undo `rows`, along the last axis and in pieces: [..., D]."""
+        return x.reshape(-1, 2, 8).swapaxes(1, 2).reshape(x.shape)
 
     def decode(self, words: jax.Array) -> jax.Array:
-        """Codes of [4, rows, D] as `pairs` must place them: [D, 128]."""
-        return self.rows(self.order.arrange(unpack(words.reshape(-1, self.dim), self.bits)).T)
+        """Codes of [4, rows, 64] as `pairs` must place them: [64, 128]."""
+        return self.rows(self.order.arrange(unpack(words.reshape(-1, PIECE), self.bits)).T)
 
     def pairs(self, words: list, lane: Any) -> Iterator[tuple]:
         """The operand register by register: its index (m, block of 8 columns, b), unit, x, and two codes in halves.
@@ -197,7 +193,7 @@ class Values:
         n = self.order.n
         q = (lane & 3) // (n // 2)
         for unit in range(UNITS):
-            for x in range(self.dim // 32):
+            for x in range(2):
                 if self.bits == 8:
                     for m, b in _ROWS:
                         first, second = (words[0][unit, e, m, b, 0] for e in range(2))
@@ -215,7 +211,7 @@ class Values:
 
 def _of_values(m: int, b: int, unit: int, x: int) -> tuple[int, int, int]:
     """Register of the operand of values that holds rows (m, b) of logits, as columns, for a thread's channel x."""
-    return x // 2, 2 * (4 * m + unit) + b, x % 2
+    return 0, 2 * (4 * m + unit) + b, x
 
 
 def _bytes(first: int, second: int) -> int:

@@ -15,7 +15,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.mosaic_gpu import COLUMNS, ROWS, Machine, Registers
-from pallas_kernels.quantized_decode.hopper_codes import TILE, UNIT, UNITS, Keys, Order, Values, planes
+from pallas_kernels.quantized_decode.hopper_codes import PIECE, TILE, UNIT, UNITS, Keys, Order, Values, planes
 
 _WGMMA = plgpu.Layout.WGMMA
 _BIAS, _BIASED = 128.0, 0x43004300  # 0x4300 | code is the bfloat16 of 128 + code, for codes below 128
@@ -26,43 +26,40 @@ def middle(bits: int) -> float:
     return float(2 ** (bits - 1))
 
 
-def bias(bits: int) -> float:
-    """What `values` adds to codes beyond the middle."""
-    return 0.0 if bits == 8 else _BIAS + middle(bits)
-
-
-def keys(machine: Machine, words_ref: Any, scales: list[jax.Array], by_channel: bool, form: Keys) -> jax.Array:
-    """Decode a tile of keys [4, rows, D] into a left operand bf16[128, D], rows and columns in order.
+def keys(
+    machine: Machine, words_ref: Any, scales: list[jax.Array], by_channel: bool, form: Keys, piece: int
+) -> jax.Array:
+    """Decode a piece of a tile of keys [4, rows, 64] into a left operand bf16[128, 64], rows and columns in order.
 
     Args:
-      scales: Scale and zero point of codes less the middle; f32 in the registers of `form.scales` [groups, D] or of
-        `form.order.metadata` [4, 32 * D / g].
+      scales: Scale and zero point of codes less the middle; f32 in the registers of `form.scales` [groups, 64], of
+        this piece, or of `form.order.metadata` [4, 32 * D / g], of all.
     """
     if machine.interpret:
         codes = form.decode(words_ref[...]).astype(jnp.float32) - middle(form.bits)
-        scale, zero_point = (_beside_codes(x, by_channel, form) for x in scales)
+        scale, zero_point = (_beside_codes(x, by_channel, form, piece) for x in scales)
         return (codes * scale + zero_point).astype(jnp.bfloat16)
     first = scales[0].shape
     meta = form.scales(first[0]) if by_channel else form.order.metadata(first[1] // UNIT)
-    return _unpack(machine, words_ref, form, (TILE, form.dim), scales, meta, by_channel)
+    return _unpack(machine, words_ref, form, (TILE, PIECE), scales, meta, by_channel, piece)
 
 
 def values(machine: Machine, words_ref: Any, scales: list[jax.Array], form: Values) -> jax.Array:
-    """Unpack a tile of values [4, rows, D] into a left operand bf16[D, 128], rows and columns in order.
+    """Unpack a piece of a tile of values [4, rows, 64] into a left operand bf16[64, 128], rows and columns in order.
 
     Args:
-      scales: Scale and zero point per channel, of codes less the middle, f32 in the registers of `form.scales`
-        [groups, D]; or none, for codes less the middle plus `bias`.
+      scales: Scale and zero point per channel of codes less the middle, f32 in the registers of `form.scales`
+        [groups, 64]; or none, for codes less the middle.
     """
     if machine.interpret:
         codes = form.decode(words_ref[...]).astype(jnp.float32) - middle(form.bits)
-        if not scales:
-            return (codes + bias(form.bits)).astype(jnp.bfloat16)
-        rows = (form.rows(_round(x).T) for x in scales)  # [D, groups]
-        scale, zero_point = (form.order.arrange(jnp.repeat(x, TILE // x.shape[1], 1).T).T for x in rows)
-        return (codes * scale + zero_point).astype(jnp.bfloat16)
+        if scales:
+            rows = (form.rows(_round(x).T) for x in scales)  # [64, groups]
+            scale, zero_point = (form.order.arrange(jnp.repeat(x, TILE // x.shape[1], 1).T).T for x in rows)
+            codes = codes * scale + zero_point
+        return codes.astype(jnp.bfloat16)
     meta = form.scales(scales[0].shape[0]) if scales else None
-    return _unpack(machine, words_ref, form, (form.dim, TILE), scales, meta, True)
+    return _unpack(machine, words_ref, form, (PIECE, TILE), scales, meta, True, 0)
 
 
 def by_row(machine: Machine, x: jax.Array, order: Order) -> list[jax.Array]:
@@ -147,7 +144,14 @@ def _asm(instruction: str, *args: Word) -> Word:
 
 
 def _unpack(
-    machine: Machine, words_ref: Any, form: Any, shape: tuple, scales: list, meta: Registers | None, by_channel: bool
+    machine: Machine,
+    words_ref: Any,
+    form: Any,
+    shape: tuple,
+    scales: list,
+    meta: Registers | None,
+    by_channel: bool,
+    piece: int,
 ) -> jax.Array:
     """Load planes, then make the operand out of `form.pairs` and the scales."""
     parts = [(form.registers(plane), plane) for plane in planes(form.bits)]
@@ -158,15 +162,11 @@ def _unpack(
     def unpack(_, *arrays):
         lane = Word(arith.remui(mgpu.utils.thread_idx(), _value(32)))
         words = [_words(x, regs) for x, (regs, _) in zip(arrays, parts, strict=False)]
-        at = _scales(arrays[len(parts) :], meta, form, by_channel)
+        at = _scales(arrays[len(parts) :], meta, form, by_channel, piece)
         registers = np.empty((shape[0] // 64, shape[1] // 8, 2), object)
         for index, i, x, pair in form.pairs(words, lane):
-            if at is None:
-                registers[index] = _as_bf16(_centred(pair, form.bits) if form.bits == 8 else pair | _BIASED)
-            else:
-                scale, zero_point = at(index, i, x)
-                scaled = _asm("fma.rn.bf16x2", _centred(pair, form.bits), scale, zero_point)
-                registers[index] = _as_bf16(scaled)
+            pair = _centred(pair, form.bits)
+            registers[index] = _as_bf16(pair if at is None else _asm("fma.rn.bf16x2", pair, *at(index, i, x)))
         out = _WGMMA.to_mgpu()
         return mgpu.FragmentedArray(
             _registers=registers.reshape(out.registers_shape(shape)), _layout=out, _is_signed=None
@@ -175,7 +175,7 @@ def _unpack(
     return unpack(*loaded, *scales)
 
 
-def _scales(arrays: tuple, meta: Registers | None, form: Any, by_channel: bool) -> Any:
+def _scales(arrays: tuple, meta: Registers | None, form: Any, by_channel: bool, piece: int) -> Any:
     """Function of what `form.pairs` yields that gives the scales and zero points of its two codes; None without."""
     if not arrays or meta is None:
         return None
@@ -189,7 +189,7 @@ def _scales(arrays: tuple, meta: Registers | None, form: Any, by_channel: bool) 
 
     def of_token(index, j, x):
         m, _, b = index
-        at = b * groups + j * 4 * form.vector // form.part
+        at = b * groups + (piece * PIECE + j * 4 * form.vector) // form.part
         return [_pair(regs[m], at, at) for regs in found]
 
     return of_token
@@ -226,12 +226,13 @@ def _round(x: jax.Array) -> jax.Array:
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def _beside_codes(x: jax.Array, by_channel: bool, form: Keys) -> jax.Array:
-    """What one scale covers: [groups, D] or [4, 32 * groups] -> f32[128, D] in the order of rows and columns."""
-    x = _round(x)
+def _beside_codes(x: jax.Array, by_channel: bool, form: Keys, piece: int) -> jax.Array:
+    """What one scale covers: [groups, 64] or [4, 32 * groups] -> f32[128, 64] in the order of rows and columns."""
     if by_channel:
-        return form.columns(form.order.arrange(jnp.repeat(x, TILE // x.shape[0], 0)))
-    return form.columns(form.order.arrange(jnp.repeat(x.reshape(TILE, -1), form.part, 1)))
+        x = jnp.repeat(_round(x), TILE // x.shape[0], 0)
+    else:
+        x = jnp.repeat(_round(x).reshape(TILE, -1), form.part, 1)[:, piece * PIECE : (piece + 1) * PIECE]
+    return form.columns(form.order.arrange(x))
 
 
 def _array(registers: Any, shape: tuple[int, ...], layout: Any, like: Any) -> Any:
