@@ -53,3 +53,13 @@ def gpu_sizes(heads: int, slots: int, rows: int, places: int) -> GpuSizes:
     tiles_of_split = -(-tiles // splits)
     padded = 8 if rows <= 8 else 16
     return GpuSizes(-(-tiles // tiles_of_split), tiles_of_split, words, padded, num_warps=1, num_stages=2)
+
+
+_H200_PROCESSORS = 132
+_HOPPER_BLOCKS = 3 * _H200_PROCESSORS  # blocks of one warpgroup that run at a time
+HOPPER_STAGES = 3  # tiles in flight
+
+
+def hopper_splits(programs: int, tiles: int) -> int:
+    """Ranges of slots so that `programs` of each fill the device; a range has two tiles or more."""
+    return max(1, min(_HOPPER_BLOCKS // programs, tiles // 2))

@@ -1,0 +1,171 @@
+"""What kernels in Pallas Mosaic GPU share: the interpreter's stand-ins, and register layouts written axis by axis.
+
+The interpreter runs copies, barriers and arithmetic, but knows no register layouts, no tiled or transposed references
+and no product with an operand in registers. `Machine` hides that: a kernel is written once, for either.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Unsupported
+
+LANES, WARPS = 32, 4
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # a value a row of an accumulator
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a value a column
+
+
+def require_hopper(interpret: bool) -> None:
+    """Raise `Unsupported` unless the target has wgmma and the copy engine, or the kernel is interpreted."""
+    target = dispatch.target()
+    if not interpret and (target.platform != "gpu" or target.capability < 90):
+        raise Unsupported(f"Mosaic GPU kernels need capability 90 or newer, got {target}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The device, or its interpreter on CPU."""
+
+    interpret: bool
+
+    def kernel(self, body: Callable, out_type: Any, grid: dict[str, int], scratch: Any) -> Callable:
+        """`plgpu.kernel` over a named grid; one warpgroup a block."""
+        params: Any = None
+        if self.interpret:
+            # Not exported by JAX 0.10. Reads beyond an array give zeros, as the copy engine's do.
+            from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+            params = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+        return plgpu.kernel(
+            body,
+            out_type=out_type,
+            grid=tuple(grid.values()),
+            grid_names=tuple(grid),
+            scratch_types=scratch,
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            interpret=params,
+        )
+
+    def load(self, ref: Any, layout: Any) -> jax.Array:
+        """Load all of a reference into registers laid out so."""
+        if self.interpret:
+            return ref[...]
+        index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # JAX 0.11 drops it
+        return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+    def cast(self, x: jax.Array, layout: Any) -> jax.Array:
+        """Change the layout of x in registers."""
+        return x if self.interpret else plgpu.layout_cast(x, layout)
+
+    def full(self, shape: tuple[int, ...], value: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
+        """A float32 constant in registers."""
+        return self.cast(jnp.full(shape, value, jnp.float32), layout)
+
+    def iota(self, shape: tuple[int, ...], axis: int, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
+        """Indices along an axis, i32."""
+        return self.cast(lax.broadcasted_iota(jnp.int32, shape, axis), layout)
+
+    def store_transposed(self, x: jax.Array, ref: Any) -> None:
+        """Write an accumulator's worth of x [m, n] to a tiled reference [n, m], for the matrix unit to read."""
+        if self.interpret:
+            ref[...] = x.T
+        else:
+            plgpu.transpose_ref(ref, (1, 0))[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+
+    def dot(self, acc: jax.Array, a: jax.Array, b_ref: Any) -> jax.Array:
+        """acc [m, n] + a [m, k], in registers, times the transpose of b [n, k], in shared memory."""
+        if self.interpret:
+            return acc + jnp.dot(a, b_ref[...].T, preferred_element_type=jnp.float32)
+
+        def product(acc_ref):
+            plgpu.wgmma(acc_ref, a, plgpu.transpose_ref(b_ref, (1, 0)))
+
+        return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+def operand(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory tiled and swizzled as the matrix unit reads it."""
+    bits = jnp.finfo(dtype).bits
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Registers:
+    """Which thread and register holds which element, axis by axis.
+
+    Each axis of an array is cut into named factors, the major first, e.g. 128 rows into (("warp", 4), ("i", 32)).
+
+    Attributes:
+      axes: Factors of each axis. The last factor of the last axis is the vector that a register holds.
+      warp: Names of factors that select the warp, the major first; an int is that many copies.
+      lane: The same for the thread in its warp.
+    """
+
+    axes: tuple[tuple[tuple[str, int], ...], ...]
+    warp: tuple[str | int, ...]
+    lane: tuple[str | int, ...]
+
+    def __post_init__(self):
+        for names, size in ((self.warp, WARPS), (self.lane, LANES)):
+            if math.prod(n if isinstance(n, int) else self.sizes[n] for n in names) != size:
+                raise ValueError(f"{names} of {self.axes} must have {size} values.")
+
+    @property
+    def factors(self) -> tuple[tuple[str, int], ...]:
+        """All factors in order."""
+        return tuple(factor for axis in self.axes for factor in axis)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each factor."""
+        return dict(self.factors)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return tuple(math.prod(size for _, size in axis) for axis in self.axes)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of the factors that tell a thread's registers apart, in order."""
+        taken = {*self.warp, *self.lane, self.factors[-1][0]}
+        return tuple(name for name, _ in self.factors if name not in taken)
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """Their sizes: the array of a thread's registers."""
+        return tuple(self.sizes[name] for name in self.held)
+
+    def layout(self) -> Any:
+        """The same for Pallas: each tile cuts one factor off the one before."""
+        tile, tiles = list(self.shape), [self.shape]
+        for i, axis in enumerate(self.axes):
+            for _, size in axis:
+                tile[i] //= size
+                tiles.append(tuple(tile))
+        # The last cut would take the vector apart.
+        tiling = plgpu.Tiling(tuple(tiles[:-1])).canonicalize()
+        at = self._positions(tiling.tile_shape(self.shape)[len(self.shape) :])
+        return plgpu.Layout.TILED(tiling, self._dims(self.warp, at), self._dims(self.lane, at), -1)
+
+    def _dims(self, names: tuple[str | int, ...], at: dict[str, int]) -> tuple:
+        """The tiled dimensions that select a warp or a lane; those of size 1 are not written."""
+        dims = (plgpu.Replicated(name) if isinstance(name, int) else at.get(name) for name in names if name != 1)
+        return tuple(dim for dim in dims if dim is not None)
+
+    def _positions(self, tiled: Sequence[int]) -> dict[str, int]:
+        """Where each factor is among the tiled dimensions, which are the factors in order with ones in between."""
+        names = iter(name for name, size in self.factors if size != 1)
+        return {next(names): i - len(tiled) for i, size in enumerate(tiled) if size != 1}
