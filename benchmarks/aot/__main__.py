@@ -1,0 +1,135 @@
+"""Compile every kernel and whole decode steps for devices that are not there, and say what the compilers made of them.
+
+A program fails if it does not compile, if it should hold a kernel of ours and holds none, if its temporaries are large
+enough to hide a decompressed cache, or if a GPU kernel spills registers.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.aot.programs import Program, programs
+from benchmarks.aot.targets import DEVICES
+from experiments.cli import environment, run
+
+LARGEST_SHARE = 0.5  # of the arguments: a cache decoded from 8 bits to bfloat16 would be nearly twice as large as they
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to compile."""
+
+    devices: str = "v5e,v6e,h200"
+    """Devices, separated by commas."""
+    only: str = ""
+    """Compile groups that contain this text, e.g. "quantized_decode"."""
+    out: Path = Path("benchmarks/results/aot.json")
+    """Where the records go."""
+    timeout_s: int = 900
+    """Seconds that one group may take."""
+
+
+def main(config: Config) -> None:
+    """Compile group by group, each in a process of its own, and print a table."""
+    names = config.devices.split(",")
+    unknown = [name for name in names if name not in DEVICES]
+    if unknown:
+        raise ValueError(f"device {unknown[0]!r} is unknown; choose from {', '.join(DEVICES)}.")
+    records = []
+    with Progress(console=Console(stderr=True)) as progress:
+        groups = [(name, group, found) for name in names for group, found in _groups(name, config.only)]
+        task = progress.add_task("compiling", total=sum(len(found) for *_, found in groups))
+        for name, group, found in groups:
+            progress.update(task, description=f"{name}: {group}")
+            records += _compile(name, group, found, config.timeout_s)
+            progress.advance(task, len(found))
+    for record in records:
+        record["failed"] = failure(record)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps({"meta": environment(), "records": records}, indent=1) + "\n")
+    _print(records)
+    failed = [record for record in records if record["failed"]]
+    if failed:
+        first = failed[0]
+        raise ValueError(
+            f"{len(failed)} of {len(records)} programs failed, the first: {first['device']}, {first['group']}, "
+            f"{first['name']}: {first['failed']}"
+        )
+
+
+def failure(record: dict[str, Any]) -> str:
+    """Why a program counts as failed; empty if it does not."""
+    if "error" in record:
+        return record["error"]
+    if record["expects_kernel"] and not record["kernels"]:
+        return "no kernel of ours is in it."
+    if record["expects_kernel"] and record["temporary_bytes"] > LARGEST_SHARE * record["argument_bytes"]:
+        return f"{record['temporary_bytes']} temporary bytes for {record['argument_bytes']} of arguments."
+    if record.get("spills"):
+        return f"{record['spills']} bytes of spilled registers."
+    return ""
+
+
+def _groups(device_name: str, only: str) -> list[tuple[str, list[Program]]]:
+    groups = collections.defaultdict(list)
+    for program in programs(DEVICES[device_name]):
+        if only in program.group:
+            groups[program.group].append(program)
+    return list(groups.items())
+
+
+def _compile(device_name: str, group: str, found: list[Program], timeout_s: int) -> list[dict[str, Any]]:
+    """Records of a group; what a dying compiler took with it is tried again alone."""
+    records = {record["name"]: record for record in _process(device_name, group, "", timeout_s)[0]}
+    for program in found:
+        if program.name not in records:
+            alone, said = _process(device_name, group, program.name, timeout_s)
+            lost = {"device": device_name, "group": group, "name": program.name, "expects_kernel": program.kernels}
+            records[program.name] = alone[0] if alone else {**lost, "error": f"the compiler died: {said[-500:]}"}
+    return list(records.values())
+
+
+def _process(device_name: str, group: str, only: str, timeout_s: int) -> tuple[list[dict[str, Any]], str]:
+    command = [sys.executable, "-m", "benchmarks.aot.compile_group", device_name, group, only]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nobody holds a device here
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout_s)
+        said, complaint = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as stopped:
+        said, complaint = (stopped.stdout or b"").decode(), f"stopped after {timeout_s} s"
+    return [json.loads(line[4:]) for line in said.splitlines() if line.startswith("aot:")], complaint
+
+
+def _print(records: list[dict[str, Any]]) -> None:
+    table = Table(title="compiled ahead of time")
+    for title in ("device", "group", "programs", "failed", "temporary / arguments", "registers", "spills", "shared kB"):
+        table.add_column(title, justify="left" if title in ("device", "group") else "right")
+    groups = collections.defaultdict(list)
+    for record in records:
+        groups[record["device"], record["group"]].append(record)
+
+    def most(found: list[dict[str, Any]], key: str, scale: float = 1) -> str:
+        values = [record[key] for record in found if key in record]
+        return f"{max(values) / scale:.0f}" if values else ""
+
+    for (device, group), found in groups.items():
+        compiled = [r for r in found if "error" not in r]
+        share = max((r["temporary_bytes"] / r["argument_bytes"] for r in compiled), default=0.0)
+        failed = sum(bool(r["failed"]) for r in found)
+        figures = (most(found, "registers"), most(found, "spills"), most(found, "shared_bytes", 1024))
+        table.add_row(device, group, str(len(found)), str(failed), f"{share:.1%}", *figures)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run(Config, main))
