@@ -20,7 +20,7 @@ test: $(VENV)/.test
 	$(QUICK) $(BIN)/python -m pytest -n 2 -m "not slow and not real_model" $(ARGS)
 
 test-slow: $(VENV)/.test assets
-	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest -m "slow or real_model" $(ARGS)
+	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest -n 2 -m "slow or real_model" $(ARGS)
 
 # What a second interpreter is checked with.
 test-short: $(VENV)/.test
@@ -35,7 +35,7 @@ lint: $(VENV)/.lint
 # Compilers for TPU and GPU, about 3 GB, in an environment of their own.
 aot:
 	$(MAKE) VENV=.venv-aot .venv-aot/.aot
-	.venv-aot/bin/python -m benchmarks.aot $(ARGS)
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m benchmarks.aot $(ARGS)
 
 assets: $(VENV)/.model $(TEXT)
 

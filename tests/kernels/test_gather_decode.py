@@ -1,7 +1,5 @@
 """Attention over selected pages: every case on every backend that can run or be interpreted here, and the selection."""
 
-import importlib.util
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,14 +8,13 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.gather_decode import gather_decode, page_top_k
 from pallas_kernels.gather_decode.cases import CASES, Case
 from pallas_kernels.low_rank_decode import low_rank_decode
-from tests.kernels.test_quantized_decode import BACKENDS, assert_same_attention
+from tests.kernels.backends import backends
+from tests.kernels.test_quantized_decode import assert_same_attention
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("gather_decode"))
 def test_a_backend_equals_the_reference(backend, name):
-    if importlib.util.find_spec(f"pallas_kernels.gather_decode.{backend}") is None:
-        pytest.skip(f"no {backend} backend yet")
     args, options = CASES[name].arguments()
     want = gather_decode(*args, **options, implementation="reference")
     try:

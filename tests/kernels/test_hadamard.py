@@ -1,7 +1,5 @@
 """Hadamard rotation: the matrices, and every case on every backend that can run or be interpreted here."""
 
-import importlib.util
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from pallas_kernels import hadamard as op
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.hadamard.cases import CASES, Case
 from pallas_kernels.quantize_pack import dequantize, quantize_pack
-from tests.kernels.test_quantized_decode import BACKENDS
+from tests.kernels.backends import backends
 
 DIMS = [m * 2**n for m in (1, 12, 20, 28) for n in range(10) if m * 2**n <= 512]
 
@@ -38,10 +36,8 @@ def test_a_rotation_undoes_itself_and_keeps_norms(dim):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("hadamard"))
 def test_a_backend_equals_the_reference(backend, name):
-    if importlib.util.find_spec(f"pallas_kernels.hadamard.{backend}") is None:
-        pytest.skip(f"no {backend} backend yet")
     case = CASES[name]
     (x, *fmt), options = case.arguments()
     function = getattr(op, case.function)

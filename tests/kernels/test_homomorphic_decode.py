@@ -1,7 +1,5 @@
 """Homomorphic decode attention: its pieces, and every case on every backend that can run or be interpreted here."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +11,13 @@ from pallas_kernels.homomorphic_decode.cases import CASES, Case
 from pallas_kernels.homomorphic_decode.partitions import to_int8
 from pallas_kernels.quantized_decode import quantized_decode
 from pallas_kernels.quantized_decode.cases import channel, token
-from tests.kernels.test_quantized_decode import BACKENDS, assert_same_attention
+from tests.kernels.backends import backends
+from tests.kernels.test_quantized_decode import assert_same_attention
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("homomorphic_decode"))
 def test_a_backend_equals_the_reference(backend, name):
-    if importlib.util.find_spec(f"pallas_kernels.homomorphic_decode.{backend}") is None:
-        pytest.skip(f"no {backend} backend yet")
     args, options = CASES[name].arguments()
     want = homomorphic_decode(*args, **options, implementation="reference")
     try:

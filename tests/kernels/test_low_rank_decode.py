@@ -1,7 +1,5 @@
 """Decode attention over low-rank coefficients: every case on every backend that can run or be interpreted here."""
 
-import importlib.util
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,14 +7,13 @@ import pytest
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.low_rank_decode import low_rank_decode
 from pallas_kernels.low_rank_decode.cases import CASES, Case
-from tests.kernels.test_quantized_decode import BACKENDS, assert_same_attention
+from tests.kernels.backends import backends
+from tests.kernels.test_quantized_decode import assert_same_attention
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("low_rank_decode"))
 def test_a_backend_equals_the_reference(backend, name):
-    if importlib.util.find_spec(f"pallas_kernels.low_rank_decode.{backend}") is None:
-        pytest.skip(f"no {backend} backend yet")
     args, options = CASES[name].arguments()
     want = low_rank_decode(*args, **options, implementation="reference")
     try:

@@ -1,7 +1,6 @@
 """Prefill and mass: every case on every backend that can run or be interpreted here."""
 
 import functools
-import importlib.util
 
 import chex
 import jax
@@ -12,14 +11,13 @@ import pytest
 from pallas_kernels import prefill as op
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.prefill.cases import CASES
+from tests.kernels.backends import backends
 from tests.laws.parts import normal
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["blocked", "tpu", "hopper", "gpu"])
+@pytest.mark.parametrize("backend", backends("prefill"))
 def test_a_backend_equals_the_reference(backend, name):
-    if importlib.util.find_spec(f"pallas_kernels.prefill.{backend}") is None:
-        pytest.skip(f"no {backend} backend yet")
     case = CASES[name]
     args, options = case.arguments()
     call = functools.partial(getattr(op, case.function), **options)

@@ -1,7 +1,5 @@
 """Quantisation to packed codes: every case bit for bit on every backend that can run or be interpreted here."""
 
-import importlib.util
-
 import jax
 import numpy as np
 import pytest
@@ -10,13 +8,12 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.formats import Format
 from pallas_kernels.quantize_pack import quantize_pack
 from pallas_kernels.quantize_pack.cases import CASES
+from tests.kernels.backends import backends
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["tpu", "hopper", "gpu"])
+@pytest.mark.parametrize("backend", backends("quantize_pack"))
 def test_a_backend_equals_the_reference(backend, name):
-    if importlib.util.find_spec(f"pallas_kernels.quantize_pack.{backend}") is None:
-        pytest.skip(f"no {backend} backend yet")
     (x, fmt), _ = CASES[name].arguments()
     want = jax.jit(lambda x: quantize_pack(x, fmt, implementation="reference"))(x)
     try:

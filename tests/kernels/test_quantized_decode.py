@@ -1,7 +1,6 @@
 """Decode attention over packed rows: every case on every backend that can run or be interpreted here."""
 
 import functools
-import importlib.util
 
 import chex
 import jax
@@ -12,15 +11,12 @@ import pytest
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.quantized_decode import quantized_decode
 from pallas_kernels.quantized_decode.cases import CASES, Case, channel, token
-
-BACKENDS = ("blocked", "tpu", "hopper", "gpu")
+from tests.kernels.backends import backends
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("quantized_decode"))
 def test_a_backend_equals_the_reference(backend, name):
-    if importlib.util.find_spec(f"pallas_kernels.quantized_decode.{backend}") is None:
-        pytest.skip(f"no {backend} backend yet")
     args, options = CASES[name].arguments()
     call = functools.partial(quantized_decode, **options)
     want = jax.jit(functools.partial(call, implementation="reference"))(*args)
