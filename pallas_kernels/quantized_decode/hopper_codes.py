@@ -3,8 +3,7 @@
 A tile is 128 tokens, 4 units of 32, and 64 channels, a piece of a head. The matrix unit takes its left operand from
 registers in 64 x 16 parts, of which thread (warp, r, c) holds rows `16 warp + r + 8 b` and columns `2 c + e + 8 h`. A
 word holds tokens of one channel, so a thread that loads the words of two columns has several rows of both, and the
-order of tokens is chosen so that it needs no other thread's. Row `64 m + 16 warp + 8 b + r` of a tile, r = n q + rho,
-is
+order of tokens is such that it needs no other thread's. Row `64 m + 16 warp + 8 b + r` of a tile, r = n q + rho, is
 
     token 32 warp + T rho + T/2 m + 2 q + b,   T = 32 / n,
 
