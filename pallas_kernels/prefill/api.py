@@ -1,17 +1,11 @@
 """Public functions of the prefill operation: checks and dispatch."""
 
-from typing import Literal
-
 import jax
 
-from pallas_kernels.prefill import blocked, reference
+from pallas_kernels import dispatch
 from pallas_kernels.prefill.reference import MASK_VALUE
 
-__all__ = ["MASK_VALUE", "Implementation", "mass", "prefill"]
-
-Implementation = Literal["reference", "blocked"] | None
-
-_BACKENDS = {None: blocked, "blocked": blocked, "reference": reference}
+__all__ = ["MASK_VALUE", "mass", "prefill"]
 
 
 def prefill(
@@ -22,7 +16,8 @@ def prefill(
     *,
     soft_cap: float | None = None,
     sliding_window: int | None = None,
-    implementation: Implementation = None,
+    implementation: str | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attend causally from a chunk of queries to the keys written so far.
 
@@ -35,7 +30,8 @@ def prefill(
       start: i32[B], slots filled before this chunk.
       soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
       sliding_window: Tokens a query sees, itself included; None sees all.
-      implementation: None takes the platform's; "reference" is the definition, it stores a T x S matrix.
+      implementation: See `pallas_kernels.dispatch.call`; the reference stores a T x S matrix.
+      interpret: Run a Pallas or Triton backend in its interpreter.
 
     Returns:
       The unnormalised state `acc f32[B, K, G, T, D]`, `max f32[B, K, G, T]`, `sum f32[B, K, G, T]`.
@@ -43,8 +39,9 @@ def prefill(
     Raises:
       ValueError: If shapes disagree or `implementation` is unknown.
     """
-    _check(q, k, v, start, implementation)
-    return _BACKENDS[implementation].prefill(q, k, v, start, soft_cap=soft_cap, sliding_window=sliding_window)
+    _check(q, k, v, start)
+    options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
+    return dispatch.call("prefill", implementation, q, k, v, start, **options, interpret=interpret)
 
 
 def mass(
@@ -56,7 +53,8 @@ def mass(
     *,
     soft_cap: float | None = None,
     sliding_window: int | None = None,
-    implementation: Implementation = None,
+    implementation: str | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Sum the attention probabilities that each key received from a chunk of queries.
 
@@ -68,13 +66,13 @@ def mass(
     Returns:
       f32[B, K, S], summed over queries and over the G heads of a group. No T x S matrix is stored.
     """
-    _check(q, k, k, start, implementation)
-    return _BACKENDS[implementation].mass(q, k, lse, start, length, soft_cap=soft_cap, sliding_window=sliding_window)
+    _check(q, k, k, start)
+    options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
+    args = (q, k, lse, start, length)
+    return dispatch.call("prefill", implementation, *args, **options, function="mass", interpret=interpret)
 
 
-def _check(q, k, v, start, implementation) -> None:
-    if implementation not in _BACKENDS:
-        raise ValueError(f"implementation={implementation!r} must be one of None, 'blocked', 'reference'.")
+def _check(q, k, v, start) -> None:
     if q.ndim != 5 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"prefill needs q [B, K, G, T, D] and k, v [B, K, S, D]; got {q.shape}, {k.shape}, {v.shape}.")
     if q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1] or start.shape != q.shape[:1]:
