@@ -1,7 +1,9 @@
 """Attention over selected pages: every case on every backend that can run or be interpreted here, and the selection."""
 
+import functools
 import importlib.util
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,9 +21,10 @@ def test_a_backend_equals_the_reference(backend, name):
     if importlib.util.find_spec(f"pallas_kernels.gather_decode.{backend}") is None:
         pytest.skip(f"no {backend} backend yet")
     args, options = CASES[name].arguments()
-    want = gather_decode(*args, **options, implementation="reference")
+    call = functools.partial(gather_decode, **options)
+    want = jax.jit(functools.partial(call, implementation="reference"))(*args)
     try:
-        got = gather_decode(*args, **options, implementation=backend, interpret=True)
+        got = jax.jit(functools.partial(call, implementation=backend, interpret=True))(*args)
     except Unsupported as reason:
         pytest.skip(str(reason))
     assert_same_attention(got, want, 2e-2 if CASES[name].dtype == "bfloat16" or backend == "hopper" else 2e-4)
