@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.case_data import encoded
 from pallas_kernels.formats import Format
 from pallas_kernels.gather_decode.pages import Pages, as_rows
-from pallas_kernels.quantize_pack.reference import quantize_pack
 from pallas_kernels.quantized_decode.cases import HEAD_DIMS, channel, token
 
 
@@ -59,7 +59,7 @@ class Case:
     def _pages(self, x: np.ndarray, fmt: Format | None) -> Pages:
         if fmt is None:
             return jnp.asarray(x, self.dtype)
-        return quantize_pack(as_rows(jnp.asarray(x, jnp.float32)), fmt)
+        return encoded(as_rows(jnp.asarray(x, jnp.float32)), fmt)
 
 
 CASES = {

@@ -46,8 +46,8 @@ def homomorphic_decode(
 def _dot(queries: tuple[jax.Array, ...], k: Quantized, sums: jax.Array, fmt: Format) -> jax.Array:
     """Logits f32[R, P] of 8-bit queries and the keys of a block."""
     partitions, num_queries, _ = queries[0].shape
-    codes = _signed(k, fmt)  # i8[P, D]
-    integers = jnp.matmul(_block_diagonal(queries[0]), codes.T, preferred_element_type=jnp.int32)
+    spread, codes = _block_diagonal(queries[0]), _signed(k, fmt)  # i8[G * R, D], i8[P, D]
+    integers = jnp.einsum("ni,pi->np", spread, codes, preferred_element_type=jnp.int32)
     metadata = [x.T[:, None] for x in _metadata(k, sums, fmt)]  # [G, 1, P]
     return _expanded(integers.reshape(partitions, num_queries, -1), queries, metadata)
 

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case_data import draw_positions
+from pallas_kernels.case_data import draw_positions, encoded
 from pallas_kernels.formats import Format
-from pallas_kernels.quantize_pack.reference import quantize_pack
 from pallas_kernels.quantized_decode.cases import channel, token
 
 
@@ -49,7 +48,7 @@ class Case:
         return jax.eval_shape(lambda: self.arguments()[0])
 
     def _rows(self, x: np.ndarray, fmt: Format | None):
-        return jnp.asarray(x, self.dtype) if fmt is None else quantize_pack(jnp.asarray(x, jnp.float32), fmt)
+        return jnp.asarray(x, self.dtype) if fmt is None else encoded(jnp.asarray(x, jnp.float32), fmt)
 
 
 CASES = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.prefill.block_sizes import KEY_BLOCK, QUERY_BLOCK
-from pallas_kernels.prefill.reference import MASK_VALUE, capped, visible
+from pallas_kernels.prefill.reference import MASK_VALUE, capped, seen_from, stands_at, visible
 
 
 def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None):
@@ -50,29 +50,36 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None):
 
 def mass(q, k, lse, start, length, *, soft_cap=None, sliding_window=None):
     """See `api.mass`."""
-    block_k = min(KEY_BLOCK, k.shape[2])
+    return probe_mass(q, k, lse, stands_at(start, length, q.shape[3]), soft_cap=soft_cap, sliding_window=sliding_window)
+
+
+def probe_mass(q, k, lse, at, *, soft_cap=None, sliding_window=None):
+    """See `statistics.probe_mass`."""
+    num_slots = k.shape[2]
+    block_k = min(KEY_BLOCK, num_slots)
     q_blocks, block_q = _query_blocks(q)
     lse_blocks, _ = _query_blocks(lse[..., None])
+    at = jnp.pad(at, ((0, 0), (0, -at.shape[1] % block_q)), constant_values=-1)
+    at_blocks = at.reshape(at.shape[0], -1, block_q).swapaxes(0, 1)  # [I, B, Q]
 
     def one_block(total, args):
-        i, q_block, lse_block = args
-        t = i * block_q + jnp.arange(block_q)
+        q_block, lse_block, here = args
 
         def step(j, total):
             s, k_block = _slice(k, j, block_k)
             logits = capped(_logits(q_block, k_block), soft_cap)
-            live = visible(start, t, s, sliding_window) & (s >= j * block_k)[None, None, None, None]
-            live = live & (t[None] < length[:, None])[:, None, None, :, None]
+            live = seen_from(here, s, sliding_window) & (s >= j * block_k)[None, None, None, None]
             received = jnp.where(live, jnp.exp(logits - lse_block), 0.0).sum((2, 3))  # [B, K, P]
             return lax.dynamic_update_slice_in_dim(
                 total, lax.dynamic_slice_in_dim(total, s[0], block_k, 2) + received, s[0], 2
             )
 
-        lo, hi = _key_range(start, i, block_q, block_k, k.shape[2], sliding_window)
-        return lax.fori_loop(lo, hi, step, total), None
+        hi = jnp.minimum(here.max() + 1, num_slots)
+        first = jnp.where(here >= 0, here, num_slots).min()
+        lo = 0 if sliding_window is None else jnp.maximum(first - sliding_window + 1, 0)
+        return lax.fori_loop(jnp.asarray(lo) // block_k, (hi + block_k - 1) // block_k, step, total), None
 
-    zero = jnp.zeros(k.shape[:3], jnp.float32)
-    return lax.scan(one_block, zero, (jnp.arange(q_blocks.shape[0]), q_blocks, lse_blocks))[0]
+    return lax.scan(one_block, jnp.zeros(k.shape[:3], jnp.float32), (q_blocks, lse_blocks, at_blocks))[0]
 
 
 def _logits(q_block: jax.Array, k_block: jax.Array) -> jax.Array:

@@ -19,10 +19,13 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None):
 
 def mass(q, k, lse, start, length, *, soft_cap=None, sliding_window=None):
     """See `api.mass`."""
-    t = jnp.arange(q.shape[3])
+    return probe_mass(q, k, lse, stands_at(start, length, q.shape[3]), soft_cap=soft_cap, sliding_window=sliding_window)
+
+
+def probe_mass(q, k, lse, at, *, soft_cap=None, sliding_window=None):
+    """See `statistics.probe_mass`."""
     logits = capped(jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32), soft_cap)
-    live = visible(start, t, jnp.arange(k.shape[2]), sliding_window)
-    live = live & (t[None] < length[:, None])[:, None, None, :, None]
+    live = seen_from(at, jnp.arange(k.shape[2]), sliding_window)
     return jnp.where(live, jnp.exp(logits - lse[..., None]), 0.0).sum((2, 3))
 
 
@@ -33,5 +36,16 @@ def capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
 
 def visible(start: jax.Array, t: jax.Array, s: jax.Array, sliding_window: int | None) -> jax.Array:
     """Which slots s [S] a query t [T] of each row sees: bool[B, 1, 1, T, S]."""
-    ago = (start[:, None] + t[None])[:, None, None, :, None] - s[None, None, None, None, :]
+    return seen_from(start[:, None] + t[None], s, sliding_window)
+
+
+def seen_from(at: jax.Array, s: jax.Array, sliding_window: int | None) -> jax.Array:
+    """Which slots s [S] queries see that stand at slots `at` i32[B, T], -1 = none: bool[B, 1, 1, T, S]."""
+    ago = at[:, None, None, :, None] - s[None, None, None, None, :]
     return (ago >= 0) if sliding_window is None else (ago >= 0) & (ago < sliding_window)
+
+
+def stands_at(start: jax.Array, length: jax.Array, num_queries: int) -> jax.Array:
+    """Slot of each query of a chunk, i32[B, T]; -1 from `length` on."""
+    t = jnp.arange(num_queries)[None]
+    return jnp.where(t < length[:, None], start[:, None] + t, -1)
