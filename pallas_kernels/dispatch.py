@@ -118,8 +118,11 @@ def _load(operation: str, backend: str, function: str) -> Callable[..., Any]:
     name = f"pallas_kernels.{operation}.{backend}"
     if importlib.util.find_spec(name) is None:
         raise Unsupported(f"{operation} has no {backend} backend.")
-    if backend == "gpu" and importlib.util.find_spec("jax_triton") is None:
-        raise Unsupported("the gpu backend needs jax-triton; pip install 'kvcomp_jax[gpu]'.")
+    if backend == "gpu":
+        try:  # installed beside a JAX without GPU support it cannot be imported either
+            importlib.import_module("jax_triton")
+        except ImportError as error:
+            raise Unsupported("the gpu backend needs jax-triton; pip install 'kvcomp_jax[gpu]'.") from error
     found = getattr(importlib.import_module(name), function, None)
     if found is None:
         raise Unsupported(f"{operation} has no {function} on the {backend} backend.")

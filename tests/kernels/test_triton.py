@@ -1,14 +1,12 @@
 """Triton kernels where the operations' cases do not reach: packed arithmetic in bfloat16, and its emulation."""
 
 import dataclasses
-import importlib.util
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-if importlib.util.find_spec("jax_triton") is None:
-    pytest.skip("needs jax-triton", allow_module_level=True)
+pytest.importorskip("jax_triton", reason="needs jax-triton and a JAX with GPU support", exc_type=ImportError)
 
 import jax
 import triton
@@ -18,6 +16,8 @@ from pallas_kernels import ptx_emulation, triton_calls
 from pallas_kernels.quantized_decode import quantized_decode
 from pallas_kernels.quantized_decode.cases import CASES, Case, channel, token
 from tests.kernels.test_quantized_decode import assert_same_attention
+
+pytestmark = pytest.mark.slow
 
 PACKED = {
     **{name: CASES[name] for name in ("k2-channel-v2-token", "k3-channel-v3-token", "k8-channel-v8-token")},
