@@ -31,7 +31,7 @@ def homomorphic_decode(
     keys, values = dequantize(k, k_format), dequantize(v, v_format)  # [B, K, S, D]
     queries = rounded(q.astype(jnp.float32), k_format.group_size)
     logits = capped(jnp.einsum("bkrd,bksd->bkrs", queries, keys, precision="highest"), soft_cap)
-    live = live_slots(length, pos, q_pos, keys.shape[2], sliding_window)
+    live = live_slots(length, pos, q_pos, jnp.arange(keys.shape[2]), sliding_window)
     return softmax_state.update(
         softmax_state.unit(q.shape),
         logits,

@@ -25,7 +25,7 @@ def low_rank_decode(
     """See `api.low_rank_decode`."""
     keys, values = rows.decoded(k, k_format), rows.decoded(v, v_format)  # [B, K, S, r], [B, K, S, r']
     logits = capped(jnp.einsum("bkrd,bksd->bkrs", q.astype(jnp.float32), keys, precision="highest"), soft_cap)
-    live = live_slots(length, pos, q_pos, keys.shape[2], sliding_window)
+    live = live_slots(length, pos, q_pos, jnp.arange(keys.shape[2]), sliding_window)
     unit = softmax_state.unit((*q.shape[:3], values.shape[-1]))
     return softmax_state.update(
         unit, logits, live, lambda p: jnp.einsum("bkrs,bksd->bkrd", p, values, precision="highest")

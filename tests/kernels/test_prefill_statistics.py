@@ -1,7 +1,6 @@
 """Statistics of a prompt chunk against the whole matrix of probabilities."""
 
 import functools
-import importlib.util
 
 import chex
 import jax
@@ -12,7 +11,7 @@ import pytest
 from pallas_kernels import prefill as op
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.prefill.reference import capped, visible
-from tests.kernels.test_quantized_decode import BACKENDS
+from tests.kernels.backends import backends
 from tests.laws.parts import normal
 
 CASES = {
@@ -29,10 +28,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", *backends("prefill")])
 def test_statistics_are_those_of_the_whole_matrix(backend, name):
-    if importlib.util.find_spec(f"pallas_kernels.prefill.{backend}") is None:
-        pytest.skip(f"no {backend} backend yet")
     num_queries, slots, starts, lengths, soft_cap, sliding_window, dtype = CASES[name]
     q = normal(0, 2, 2, 3, num_queries, 16)
     k, v = normal(1, 2, 2, slots, 16).astype(dtype), normal(2, 2, 2, slots, 16).astype(dtype)
