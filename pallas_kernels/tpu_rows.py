@@ -40,7 +40,7 @@ def repeat_lanes(x: jax.Array, width: int) -> jax.Array:
 
 
 def float_of_half(bits: jax.Array, *, positive: bool = False) -> jax.Array:
-    """Bits of float16 in i32 (the upper half is ignored) -> the same numbers in f32, the subnormal too; no infinities."""
+    """Bits of float16 in i32, whose upper half is ignored -> the same numbers in f32. Infinities are not known."""
     magnitude = (bits & 0x7FFF) << 13
     subnormal = lax.bitcast_convert_type(magnitude + (113 << 23), jnp.float32) - _SMALLEST_NORMAL
     normal = lax.bitcast_convert_type(magnitude + (112 << 23), jnp.float32)
