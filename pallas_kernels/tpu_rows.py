@@ -115,11 +115,13 @@ def order_of(have: int, want: int) -> Callable[[jax.Array], jax.Array]:
     return source
 
 
-def permute_lanes(x: jax.Array, source) -> jax.Array:
+def permute_lanes(x: jax.Array, source: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """x [R, T] with `x[:, source(lane)]` at each lane; `source` stays within 128 lanes."""
-    index = source(lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1))
-    parts = [x[:, first : first + LANES] for first in range(0, x.shape[1], LANES)]
-    return jnp.concatenate([jnp.take_along_axis(part, index, 1, mode="promise_in_bounds") for part in parts], 1)
+    rows = max(x.shape[0], 2)  # Mosaic gathers along lanes for more than one row
+    index = source(lax.broadcasted_iota(jnp.int32, (rows, LANES), 1))
+    parts = [jnp.broadcast_to(x[:, lanes], index.shape) for lanes in lane_slices(x.shape[1])]
+    gathered = [jnp.take_along_axis(part, index, 1, mode="promise_in_bounds") for part in parts]
+    return jnp.concatenate(gathered, 1)[: x.shape[0]]
 
 
 def words_of_three(words: jax.Array, rows, nibbles) -> jax.Array:
