@@ -4,15 +4,21 @@ XLA stores an array whose last axis is no multiple of 128 with the axis before i
 A kernel takes such rows transposed, which is then no copy, and turns words, not codes, by itself.
 """
 
+import functools
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.formats import Format
+
 LANES = 128
 SUBLANES = 8
-_SIGNED = {2: (jnp.int2, 0xAAAAAAAA), 4: (jnp.int4, 0x88888888), 8: (jnp.int8, 0x80808080)}
+CODE_BIAS = {2: 4, 4: 16, 8: -128}  # see `biased_codes`
 _SMALLEST_NORMAL = 2.0**-14  # of float16
 
 
@@ -21,18 +27,25 @@ def tokens_along_lanes(dim: int) -> bool:
     return dim % LANES != 0
 
 
+def block_step(dim: int, fmt: Format) -> int:
+    """Tokens at which rows of codes and of metadata are whole tiles of registers, whichever axis lies along lanes."""
+    along_lanes = tokens_along_lanes(dim)
+    words = LANES * 32 // math.gcd(fmt.bits, 32) if along_lanes and fmt.bits < 8 else 2 * LANES
+    return math.lcm(words, fmt.group_size * (LANES if along_lanes else 16) if fmt.axis == "channel" else 1)
+
+
 def repeat_lanes(x: jax.Array, width: int) -> jax.Array:
     """[R, 128] with equal lanes -> [R, width]."""
     return jnp.tile(x, (1, pl.cdiv(width, LANES)))[:, :width]
 
 
-def float_of_half(bits: jax.Array) -> jax.Array:
-    """Bits of float16 in i32 (upper half ignored) -> the same numbers in f32; no infinities."""
+def float_of_half(bits: jax.Array, *, positive: bool = False) -> jax.Array:
+    """Bits of float16 in i32, whose upper half is ignored -> the same numbers in f32. Infinities are not known."""
     magnitude = (bits & 0x7FFF) << 13
-    normal = lax.bitcast_convert_type(magnitude + (112 << 23), jnp.float32)
     subnormal = lax.bitcast_convert_type(magnitude + (113 << 23), jnp.float32) - _SMALLEST_NORMAL
+    normal = lax.bitcast_convert_type(magnitude + (112 << 23), jnp.float32)
     x = jnp.where(magnitude < (1 << 23), subnormal, normal)
-    return jnp.where((bits & 0x8000) != 0, -x, x)
+    return x if positive else jnp.where((bits & 0x8000) != 0, -x, x)
 
 
 def half_of_float(x: jax.Array) -> jax.Array:
@@ -52,34 +65,107 @@ def metadata_in(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.int16) if x.dtype == jnp.float16 else x
 
 
-def metadata_value(x: jax.Array) -> jax.Array:
+def metadata_out(x: jax.Array, dtype: str) -> jax.Array:
+    """Undo `metadata_in` for what a kernel wrote."""
+    return lax.bitcast_convert_type(x, jnp.float16) if dtype == "float16" else x
+
+
+def metadata_value(x: jax.Array, *, positive: bool = False) -> jax.Array:
     """What `metadata_in` gave, read in a kernel -> f32."""
-    return float_of_half(x.astype(jnp.int32)) if x.dtype == jnp.int16 else x.astype(jnp.float32)
+    return float_of_half(x.astype(jnp.int32), positive=positive) if x.dtype == jnp.int16 else x.astype(jnp.float32)
 
 
-def centred_codes(words: jax.Array, bits: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Words u32[n, D] of consecutive tokens -> codes - 2**(bits - 1), [n * 32 / bits, D]; bits are 2, 4 or 8.
-
-    Flipping a code's highest bit makes it a signed integer, so that a word is a column of the machine's own small type.
-    """
-    small, flip = _SIGNED[bits]
-    return pltpu.bitcast(words ^ jnp.uint32(flip), small).astype(dtype)
-
-
-def words_of_three(ref, start, num_tokens: int, nibbles) -> jax.Array:
-    """Units of 2 words of low bits and 1 of high bits, from row `start` of `ref` -> words of 4 bits a token.
+def biased_codes(words: jax.Array, bits: int) -> jax.Array:
+    """Codes of consecutive tokens, plus `CODE_BIAS[bits]`, in the order of `tokens_of_lanes`: bf16[T, D].
 
     Args:
-      ref: u32[rows, D]. start: A multiple of 3.
-      nibbles: Scratch u32[num_tokens / 8, D], in which words fall into order.
+      words: u32[n, D] of 128 tokens at 2 or 4 bits, or any number of tokens at 8.
+
+    A code in the highest bits of bfloat16's mantissa adds to a power of two, so that two codes 16 bits apart become a
+    pair of numbers in three instructions, where a conversion goes through int32 and float32. Bytes with their highest
+    bit flipped are int8.
     """
-    units = num_tokens // 32
-    low0, low1, high = (ref[pl.ds(start + i, units, stride=3), :] for i in range(3))
-    for i, low in enumerate((low0, low0 >> 16, low1, low1 >> 16)):
-        two = _spread(low & 0xFFFF, ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)))
-        one = _spread((high >> (8 * i)) & 0xFF, ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)))
-        nibbles[pl.ds(i, units, stride=4), :] = two | (one << 2)
-    return nibbles[...]
+    if bits == 8:
+        return pltpu.bitcast(words ^ jnp.uint32(0x80808080), jnp.int8).astype(jnp.bfloat16)
+    up, both = 7 - bits, jnp.uint32(0x00010001)
+    mask, exponent = both * ((2**bits - 1) << up), both * ((127 + bits) << 7)
+    shifted = [words << up - shift if shift < up else words >> shift - up for shift in range(0, 16, bits)]
+    return jnp.concatenate([pltpu.bitcast((pair & mask) | exponent, jnp.bfloat16) for pair in shifted])
+
+
+def tokens_of_lanes(lane: jax.Array, bits: int) -> jax.Array:
+    """Which token of 128 stands at `lane` after `biased_codes`: place i of half h of word r comes at (i, r, h)."""
+    if bits == 8:
+        return lane
+    places, words = 16 // bits, 128 * bits // 32
+    chunk, i, r, h = lane & -128, (lane & 127) // (2 * words), (lane // 2) % words, lane & 1
+    return chunk + (2 * r + h) * places + i
+
+
+def order_of(have: int, want: int) -> Callable[[jax.Array], jax.Array]:
+    """Source lanes for `permute_lanes` that bring the order of `have` bits into that of `want`; 8 is by token."""
+
+    def source(lane: jax.Array) -> jax.Array:
+        token = tokens_of_lanes(lane, want)
+        if have == 8:
+            return token
+        places, words = 16 // have, 128 * have // 32
+        return (token % places) * (2 * words) + token // places
+
+    return source
+
+
+def permute_lanes(x: jax.Array, source: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """x [R, T] with `x[:, source(lane)]` at each lane; `source` stays within 128 lanes."""
+    rows = max(x.shape[0], 2)  # Mosaic gathers along lanes for more than one row
+    index = source(lax.broadcasted_iota(jnp.int32, (rows, LANES), 1))
+    parts = [jnp.broadcast_to(x[:, lanes], index.shape) for lanes in lane_slices(x.shape[1])]
+    gathered = [jnp.take_along_axis(part, index, 1, mode="promise_in_bounds") for part in parts]
+    return jnp.concatenate(gathered, 1)[: x.shape[0]]
+
+
+def words_of_three(words: jax.Array, rows, nibbles) -> jax.Array:
+    """Units of 2 words of low bits and 1 of high bits -> words of 4 bits a token.
+
+    Args:
+      words: u32[n * 3, D]. rows: Scratch u32[n * 3, min(D, 128)]. nibbles: Scratch u32[n * 4, min(D, 128)]. Words fall
+        into order there: Mosaic has strides for refs of up to 128 lanes.
+    """
+    units, parts = words.shape[0] // 3, []
+    for lanes in lane_slices(words.shape[1]):
+        part = words[:, lanes]
+        rows[:, : part.shape[1]] = part
+        low0, low1, high = (rows[pl.ds(i, units, stride=3), :] for i in range(3))
+        for i, low in enumerate((low0, low0 >> 16, low1, low1 >> 16)):
+            two = _spread(low & 0xFFFF, ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)))
+            one = _spread((high >> (8 * i)) & 0xFF, ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)))
+            nibbles[pl.ds(i, units, stride=4), :] = two | (one << 2)
+        parts.append(nibbles[:, : part.shape[1]])
+    return jnp.concatenate(parts, 1)
+
+
+def lane_slices(dim: int) -> list[slice]:
+    """Cut an axis along lanes into registers."""
+    return [slice(first, min(first + LANES, dim)) for first in range(0, dim, LANES)]
+
+
+def store_words(codes, words, bits: int) -> None:
+    """Pack codes, a ref to u32[P, L <= 128], into `words`, a ref to u32[P * bits / 32, L], like `packing.pack`."""
+    tokens = codes.shape[0]
+
+    def word(low: int, plane: int, first: int, stride: int) -> jax.Array:
+        """Bits low .. low + plane of the tokens of the words that begin at `first`, every `stride` tokens."""
+        places = (
+            ((codes[pl.ds(first + i, tokens // stride, stride=stride), :] >> low) & (2**plane - 1)) << (plane * i)
+            for i in range(32 // plane)
+        )
+        return functools.reduce(jnp.bitwise_or, places)
+
+    if bits != 3:
+        words[...] = word(0, bits, 0, 32 // bits)
+        return
+    for row, (low, plane, first) in enumerate(((0, 2, 0), (0, 2, 16), (2, 1, 0))):
+        words[pl.ds(row, tokens // 32, stride=3), :] = word(low, plane, first, 32)
 
 
 def _spread(x: jax.Array, steps) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Tile sizes of the Triton kernels: what keeps a tile in registers at head_dim 256 without spilling."""
+"""Tuned sizes of the kernels, by device."""
 
+TPU_BLOCK = 1024  # tokens
+
+# Tiles of the Triton kernels: what keeps a tile in registers at head_dim 256 without spilling.
 TOKENS = 32  # of a tile that quantises per token, all channels wide
 CHANNELS = 128  # of a tile that quantises per channel, one group high

@@ -8,25 +8,25 @@ import dataclasses
 import math
 
 from pallas_kernels.formats import Format
+from pallas_kernels.tpu_rows import block_step
 
 BLOCKED = 512
 
-_TPU_BLOCK = 4096  # tokens fetched together: a step of the grid costs about as much as 300 kB of traffic
-_TPU_TILE = 1024  # tokens of one step of online softmax
+# Tokens fetched together: a step of the grid costs a few hundred cycles whatever its size, and a row's last block is
+# fetched whole, so a block is also no more than a quarter of the slots.
+_TPU_BLOCK, _TPU_LEAST_BLOCK = 8192, 2048
+_TPU_TILE = 2048  # tokens of one step of online softmax: its latency is paid once a tile
 
 
 def tpu_sizes(num_slots: int, dim: int, k_format: Format, v_format: Format) -> tuple[int, int]:
-    """Tokens of a block and of a tile, which divides it; both a whole number of groups.
-
-    Blocks of packed rows and of metadata must be whole tiles of registers, whichever axis lies along lanes.
-    """
-    groups = [fmt.group_size for fmt in (k_format, v_format) if fmt.axis == "channel"]
-    smallest = math.lcm(256, *groups)  # 8 rows of 3-bit words
-    tile = smallest * max(1, min(_TPU_TILE, num_slots) // smallest)
-    along_lanes = dim % 128 != 0
-    lanes = [128 * 32 // math.gcd(fmt.bits, 32) for fmt in (k_format, v_format) if fmt.bits < 8]
-    step = math.lcm(tile, *(g * (128 if along_lanes else 16) for g in groups), *(lanes if along_lanes else ()))
-    return step * max(1, min(_TPU_BLOCK, num_slots) // step), tile
+    """Tokens of a block and of a tile, which divides it; both a whole number of groups."""
+    formats = (k_format, v_format)
+    groups = [fmt.group_size for fmt in formats if fmt.axis == "channel"]
+    smallest = math.lcm(256, *groups)  # 256 tokens are 8 rows of registers of a plane of 1 bit
+    tile = smallest * max(1, min(_TPU_TILE, num_slots, *(128 * g for g in groups)) // smallest)
+    step = math.lcm(tile, *(block_step(dim, fmt) for fmt in formats))
+    block = min(_TPU_BLOCK, max(_TPU_LEAST_BLOCK, num_slots // 4), num_slots)
+    return step * max(1, block // step), tile
 
 
 KEY_CHANNELS = VALUE_CHANNELS = 64  # that the Triton kernel works on at a time

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,16 @@ class Case:
         return {name: getattr(self, name) for name in names}
 
     def shapes(self) -> tuple:
-        """The positional arguments as ShapeDtypeStructs."""
-        return jax.eval_shape(lambda: self.arguments()[0])
+        """The positional arguments as ShapeDtypeStructs; draws nothing, as serving shapes take gigabytes."""
+        batch, heads, slots = len(self.length), self.num_kv_heads, self.num_slots
+        x = jax.ShapeDtypeStruct((batch, heads, slots, self.head_dim), jnp.float32)
+        k, v = (jax.eval_shape(partial(quantize_pack, fmt=fmt), x) for fmt in (self.k_format, self.v_format))
+        q = jax.ShapeDtypeStruct((batch, heads, self.rows, self.head_dim), jnp.dtype(self.dtype))
+        pos = q_pos = None
+        if self.positions:
+            pos = jax.ShapeDtypeStruct((batch, heads if self.positions == "per head" else 1, slots), jnp.int32)
+            q_pos = jax.ShapeDtypeStruct((batch, self.rows), jnp.int32)
+        return q, k, v, jax.ShapeDtypeStruct((batch,), jnp.int32), pos, q_pos
 
     def _draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> jax.Array:
         x = rng.standard_normal(shape).astype(np.float32)

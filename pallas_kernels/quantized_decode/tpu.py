@@ -16,7 +16,7 @@ from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.prefill.reference import MASK_VALUE, capped
 from pallas_kernels.quantized_decode.block_sizes import tpu_sizes
 from pallas_kernels.quantized_decode.tpu_side import Side, fold_lanes
-from pallas_kernels.tpu_rows import LANES, SUBLANES, repeat_lanes
+from pallas_kernels.tpu_rows import LANES, SUBLANES, order_of, permute_lanes, repeat_lanes, tokens_of_lanes
 
 
 def quantized_decode(
@@ -69,7 +69,7 @@ def quantized_decode(
             in_specs=[per_head(keys.dim), keys.specs(k, block_of), values.specs(v, block_of), where_specs],
             out_specs=[per_head(width) for width in outputs[0]],
             scratch_shapes=[
-                keys.scratch(),
+                keys.scratch(rows),
                 values.scratch(),
                 tuple(pltpu.VMEM(x.shape, x.dtype) for x in jax.eval_shape(lambda: _start(values, rows))),
             ],
@@ -100,20 +100,24 @@ def _kernel(
     @pl.when(live > 0)
     def _():
         q = q_ref[...].astype(jnp.float32)
-        keys.prepare(k, k_scratch, live)
+        keys.prepare(k, k_scratch, live, q)
         values.prepare(v, v_scratch, live)
 
         def fold(i, state):
             top, total, *sums = state
-            logits = capped(keys.dot(q, keys.codes(k, k_scratch, i, dtype), k_scratch, i), soft_cap)  # [R, T]
-            seen = lax.broadcasted_iota(jnp.int32, logits.shape, 1) < live - i * keys.tile
+            shape = (num_rows, keys.tile)
+            logits = capped(keys.read(k, k_scratch, i, live, dtype).dot(q), soft_cap)  # [R, T]
+            if keys.held_bits != values.held_bits:
+                logits = permute_lanes(logits, order_of(keys.held_bits, values.held_bits))
+            token = i * keys.tile + tokens_of_lanes(lax.broadcasted_iota(jnp.int32, shape, 1), values.held_bits)
+            seen = token < live
             if where is not None:
-                seen &= _visible(where, i, logits.shape, sliding_window)
+                seen &= _visible(where, i, shape, values.held_bits, sliding_window)
             logits = jnp.where(seen, logits, MASK_VALUE)
             new_top = jnp.maximum(top, logits.max(1, keepdims=True))  # [R, 128], equal lanes
             keep = jnp.exp(top - new_top)
             p = jnp.where(seen, jnp.exp(logits - repeat_lanes(new_top, keys.tile)), 0.0)
-            sums = values.mix(keep, sums, p, values.codes(v, v_scratch, i, dtype), v_scratch, i)
+            sums = values.read(v, v_scratch, i, live, dtype).mix(keep, tuple(sums), p)
             return new_top, total * keep + fold_lanes(p), *sums
 
         num_tiles = jnp.minimum(pl.cdiv(live, keys.tile), keys.block // keys.tile)
@@ -138,10 +142,11 @@ def _store(refs, arrays) -> None:
         ref[...] = x
 
 
-def _visible(where, i, shape: tuple[int, int], sliding_window: int | None) -> jax.Array:
-    """Which slots of tile i each query sees by its position: bool[R, T]."""
+def _visible(where, i, shape: tuple[int, int], bits: int, sliding_window: int | None) -> jax.Array:
+    """Which slots of tile i, in the order of `bits`, each query sees by its position: bool[R, T]."""
     pos_ref, q_pos_ref = where
     here = pos_ref[:, pl.ds(pl.multiple_of(i * shape[1], LANES), shape[1])]  # [1, T]
+    here = permute_lanes(jnp.broadcast_to(here, shape), order_of(8, bits))
     at = repeat_lanes(q_pos_ref[...], shape[1])
     seen = (here >= 0) & (here <= at)
     return seen if sliding_window is None else seen & (here > at - sliding_window)

@@ -1,9 +1,9 @@
 """Keys or values of one block in the TPU kernel: where they lie, and their product with queries or probabilities.
 
-Codes enter the matrix unit as they are, less 2**(bits - 1). Scales that share a row of the left operand are folded into
-it; where one row needs several (a token's groups of channels, or the groups of tokens of 128 columns), the left operand
-is stacked once a group and each group's part is picked from the product, which costs rows the unit has to spare.
-Zero points, and the 2**(bits - 1), are corrections of rank one a group.
+Codes enter the matrix unit as they are, plus a bias. Scales that share a row of the left operand are folded into it;
+where one row needs several (a token's groups of channels, or the groups of tokens of 128 columns), the left operand is
+stacked once a group and each group's part is picked from the product, which costs rows that the unit has to spare.
+Zero points and the bias are corrections of rank one a group.
 """
 
 import dataclasses
@@ -17,23 +17,28 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.tpu_rows import (
+    CODE_BIAS,
     LANES,
-    centred_codes,
+    biased_codes,
     metadata_in,
     metadata_value,
+    order_of,
+    permute_lanes,
     repeat_lanes,
     tokens_along_lanes,
+    tokens_of_lanes,
     words_of_three,
 )
 
 
 class Scratch(NamedTuple):
-    """A block's rows, ready to use: x ~ (code - 2**(bits - 1)) * scale + offset; zero beyond the row's length."""
+    """Parts of a block that are made ready once for all its tiles."""
 
-    scale: jax.Array  # f32[D / g, P] per token, f32[P / g, D] per channel
-    offset: jax.Array  # as scale
+    scale: jax.Array | None  # per channel: f32[P / g, D], zero beyond the row's length
+    offset: jax.Array | None  # as scale
+    correction: jax.Array | None  # keys per channel: offset times q, f32[P / T, R, 128], a tile's groups along lanes
     codes: jax.Array | None  # the block with D along lanes, where it came otherwise
-    nibbles: jax.Array | None  # see `words_of_three`
+    three: tuple[jax.Array, jax.Array] | None  # see `words_of_three`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,166 +60,212 @@ class Side:
         """Whether a scale covers channels of a token."""
         return self.fmt.axis == "token"
 
+    @property
+    def held_bits(self) -> int:
+        """Bits between codes by the time they are unpacked; their order among 128 tokens follows."""
+        return 4 if self.fmt.bits == 3 else self.fmt.bits
+
     def arrays(self, x: Quantized) -> Quantized:
         """Views of the arrays as the kernel reads them; none is a copy in the layouts that XLA chooses."""
-        turn = [self.transposed, self.per_token or self.transposed, self.per_token or self.transposed]
-        parts = [x.codes, *(None if part is None else metadata_in(part) for part in x[1:])]
-        return Quantized(
-            *(part.swapaxes(-1, -2) if part is not None and t else part for part, t in zip(parts, turn, strict=True))
-        )
+        turn_metadata = self.per_token or self.transposed
+        codes, *metadata = (x.codes, *(None if part is None else metadata_in(part) for part in x[1:]))
+        codes = codes.swapaxes(-1, -2) if self.transposed else codes
+        return Quantized(codes, *jax.tree.map(lambda m: m.swapaxes(-1, -2) if turn_metadata else m, metadata))
 
     def specs(self, x: Quantized, block_of) -> Quantized:
-        """Blocks of arrays [B, K, ...] of `arrays`, walked along tokens by `block_of(row, head, step, length)`."""
-        rows = self._rows(self.block)
+        """Blocks of arrays [B, K, ...] of `arrays`, walked along tokens by `block_of(row, step, length)`."""
+        rows, groups = self._rows(self.block), self.block // self.fmt.group_size
         codes = _spec((self.dim, rows) if self.transposed else (rows, self.dim), self.transposed, block_of)
-        groups = self.block // self.fmt.group_size
         if self.per_token:
-            meta = _spec((self.dim // self.fmt.group_size, self.block), True, block_of)
+            metadata = _spec((self.dim // self.fmt.group_size, self.block), True, block_of)
         else:
-            meta = _spec((self.dim, groups) if self.transposed else (groups, self.dim), self.transposed, block_of)
-        return Quantized(codes, meta, None if x.zero_point is None else meta)
+            shape = (self.dim, groups) if self.transposed else (groups, self.dim)
+            metadata = _spec(shape, self.transposed, block_of)
+        return Quantized(codes, metadata, None if x.zero_point is None else metadata)
 
-    def scratch(self) -> Scratch:
-        """Memory for one block."""
-        size, group = self.block, self.fmt.group_size
-        meta = (self.dim // group, size) if self.per_token else (size // group, self.dim)
-        dtype = jnp.uint8 if self.fmt.bits == 8 else jnp.uint32
+    def scratch(self, num_queries: int = 0) -> Scratch:
+        """Memory for one block; of keys with `num_queries`."""
+        metadata = None if self.per_token else pltpu.VMEM((self.block // self.fmt.group_size, self.dim), jnp.float32)
+        correction = pltpu.VMEM((self.block // self.tile, num_queries, LANES), jnp.float32)
+        turned = pltpu.VMEM((self._rows(self.block), self.dim), jnp.uint8 if self.fmt.bits == 8 else jnp.uint32)
+        lanes = min(self.dim, LANES)
+        three = tuple(pltpu.VMEM((rows, lanes), jnp.uint32) for rows in (self._rows(self.tile), self.tile // 8))
         return Scratch(
-            pltpu.VMEM(meta, jnp.float32),
-            pltpu.VMEM(meta, jnp.float32),
-            pltpu.VMEM((self._rows(size), self.dim), dtype) if self.transposed else None,
-            pltpu.VMEM((self.tile // 8, self.dim), jnp.uint32) if self.fmt.bits == 3 else None,
+            metadata,
+            metadata,
+            correction if num_queries and not self.per_token else None,
+            turned if self.transposed else None,
+            three if self.fmt.bits == 3 else None,
         )
 
-    def prepare(self, x: Quantized, scratch: Scratch, live) -> None:
-        """Decode the metadata of a block of which `live` tokens count, and turn its words if need be."""
-        scale, shift = metadata_value(x.scale[...]), float(2 ** (self._held_bits - 1))
-        if self.fmt.symmetric:
-            offset = scale * (shift - self.fmt.num_levels // 2)
-        else:
-            offset = scale * shift + metadata_value(x.zero_point[...])
-        if self.transposed and not self.per_token:
-            scale, offset = scale.T, offset.T
-        if self.per_token:
-            counts = lax.broadcasted_iota(jnp.int32, scale.shape, 1) < live
-        else:
-            counts = lax.broadcasted_iota(jnp.int32, scale.shape, 0) * self.fmt.group_size < live
-        scratch.scale[...] = jnp.where(counts, scale, 0.0)
-        scratch.offset[...] = jnp.where(counts, offset, 0.0)
-        if self.transposed:
+    def prepare(self, x: Quantized, scratch: Scratch, live, q: jax.Array | None = None) -> None:
+        """Make a block ready of which `live` tokens count: decode scales per channel, turn words if need be."""
+        if scratch.scale is not None and scratch.offset is not None:
+            scale, offset = self._metadata(x, slice(None))
+            if self.transposed:
+                scale, offset = scale.T, offset.T
+            token = lax.broadcasted_iota(jnp.int32, scale.shape, 0) * self.fmt.group_size
+            scratch.scale[...], scratch.offset[...] = (_finite(m, token < live, x.scale.dtype) for m in (scale, offset))
+        if scratch.correction is not None:
+            groups = self.tile // self.fmt.group_size
+            for i in range(self.block // self.tile):
+                offset = scratch.offset[i * groups : (i + 1) * groups]
+                scratch.correction[i, :, :groups] = _dot(q, offset, 1)
+        if scratch.codes is not None:
             words = x.codes[...]
             turned = words.astype(jnp.int32).T if self.fmt.bits == 8 else lax.bitcast_convert_type(words, jnp.int32).T
             scratch.codes[...] = turned.astype(scratch.codes.dtype)
 
-    def codes(self, x: Quantized, scratch: Scratch, i, dtype) -> jax.Array:
-        """Codes of tile i, less 2**(bits - 1): [T, D]."""
-        ref = scratch.codes if self.transposed else x.codes
-        rows = self._rows(self.tile)
-        start = pl.multiple_of(i * rows, rows)
-        if self.fmt.bits == 3:
-            return centred_codes(words_of_three(ref, start, self.tile, scratch.nibbles), 4, dtype)
-        words = ref[pl.ds(start, rows), :]
-        if self.fmt.bits == 8:
-            words = pltpu.bitcast(words, jnp.uint32)
-        return centred_codes(words, self.fmt.bits, dtype)
-
-    def dot(self, q: jax.Array, codes: jax.Array, scratch: Scratch, i) -> jax.Array:
-        """Logits of tile i: q f32[R, D] -> f32[R, T]."""
-        dtype = codes.dtype
-        if self.per_token:
-            scale, offset = self._of_tile(scratch, i)
-            masked = [jnp.where(mine, q, 0.0) for mine in self._channels(q.shape)]
-            products = _dot(jnp.concatenate(masked).astype(dtype), codes, 1)  # [G * R, T]
-            logits = jnp.zeros((q.shape[0], self.tile), jnp.float32)
-            for g, part in enumerate(masked):
-                product = products[g * q.shape[0] : (g + 1) * q.shape[0]]
-                logits += product * scale[g : g + 1] + part.sum(1, keepdims=True) * offset[g : g + 1]
-            return logits
-        chunks = []
-        for first, groups in self._chunks():
-            rows = [self._of_group(scratch, i, g) for g in groups]
-            scaled = jnp.concatenate([q * scale for scale, _ in rows]).astype(dtype)
-            products = _dot(scaled, codes[first : first + LANES], 1)  # [groups * R, 128]
-            products += jnp.concatenate([(q * offset).sum(1, keepdims=True) for _, offset in rows])
-            logits = products[: q.shape[0]]
-            lane = first + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-            for n, g in enumerate(groups[1:], 1):
-                part = products[n * q.shape[0] : (n + 1) * q.shape[0]]
-                logits = jnp.where(lane >= g * self.fmt.group_size, part, logits)
-            chunks.append(logits)
-        return jnp.concatenate(chunks, 1)
+    def read(self, x: Quantized, scratch: Scratch, i, live, dtype) -> "Tile":
+        """Tile i of a block of which `live` tokens count."""
+        codes = self._codes(x, scratch, i, dtype)
+        if not self.per_token:
+            return Tile(self, codes, scratch.scale, scratch.offset, scratch.correction, i)
+        scale, offset = self._metadata(x, pl.ds(pl.multiple_of(i * self.tile, LANES), self.tile))
+        token = i * self.tile + lax.broadcasted_iota(jnp.int32, scale.shape, 1)
+        metadata = (self._in_order(_finite(m, token < live, x.scale.dtype)) for m in (scale, offset))
+        return Tile(self, codes, *metadata, None, i)
 
     def zero_mix(self, num_rows: int) -> tuple[jax.Array, ...]:
-        """What `mix` adds up: products [G * R, D] and corrections [G * R, 128] per token; [R, D] per channel."""
-        stack = num_rows * (self.dim // self.fmt.group_size if self.per_token else 1)
-        widths = (self.dim, LANES) if self.per_token else (self.dim,)
-        return tuple(jnp.zeros((stack, width), jnp.float32) for width in widths)
-
-    def mix(self, keep: jax.Array, sums, p: jax.Array, codes: jax.Array, scratch: Scratch, i) -> tuple[jax.Array, ...]:
-        """Return `sums * keep` plus the product of p f32[R, T] with tile i; keep f32[R, 128] has equal lanes."""
-        dtype, num_rows = codes.dtype, p.shape[0]
-        if self.per_token:
-            scale, offset = self._of_tile(scratch, i)
-            groups = range(scale.shape[0])
-            stacked = jnp.concatenate([keep] * len(groups))
-            scaled = jnp.concatenate([p * scale[g : g + 1] for g in groups]).astype(dtype)
-            shifts = jnp.concatenate([fold_lanes(p * offset[g : g + 1]) for g in groups])
-            products, shifted = sums
-            return (
-                products * repeat_lanes(stacked, self.dim) + _dot(scaled, codes, 0),
-                shifted * stacked + shifts,
-            )
-        total = sums[0] * repeat_lanes(keep, self.dim)
-        for first, groups in self._chunks():
-            part = p[:, first : first + LANES]
-            lane = first + lax.broadcasted_iota(jnp.int32, part.shape, 1)
-            own = [jnp.where(lane // self.fmt.group_size == g, part, 0.0) for g in groups]
-            products = _dot(jnp.concatenate(own).astype(dtype), codes[first : first + LANES], 0)  # [groups * R, D]
-            for n, g in enumerate(groups):
-                scale, offset = self._of_group(scratch, i, g)
-                total += products[n * num_rows : (n + 1) * num_rows] * scale + own[n].sum(1, keepdims=True) * offset
-        return (total,)
+        """What `Tile.mix` adds up: products [G * R, D] and corrections [G * R, 128] per token; [R, D] per channel."""
+        if not self.per_token:
+            return (jnp.zeros((num_rows, self.dim), jnp.float32),)
+        stack = num_rows * (self.dim // self.fmt.group_size)
+        return jnp.zeros((stack, self.dim), jnp.float32), jnp.zeros((stack, LANES), jnp.float32)
 
     def finish_mix(self, sums: tuple[jax.Array, ...], num_rows: int) -> jax.Array:
-        """The sums of `mix` as f32[R, D]."""
+        """The sums of `Tile.mix` as f32[R, D]."""
         if not self.per_token:
             return sums[0]
         products = sums[0] + sums[1].sum(1, keepdims=True)
         acc = jnp.zeros((num_rows, self.dim), jnp.float32)
-        for g, mine in enumerate(self._channels(acc.shape)):
+        for g, mine in enumerate(self.channels(acc.shape)):
             acc = jnp.where(mine, products[g * num_rows : (g + 1) * num_rows], acc)
         return acc
 
-    @property
-    def _held_bits(self) -> int:
-        """Bits of a code by the time it is a signed integer."""
-        return 4 if self.fmt.bits == 3 else self.fmt.bits
+    def channels(self, shape: tuple[int, ...]) -> list[jax.Array]:
+        """Which lanes each group of channels has."""
+        lane, size = lax.broadcasted_iota(jnp.int32, shape, 1), self.fmt.group_size
+        return [(lane >= first) & (lane < first + size) for first in range(0, self.dim, size)]
 
     def _rows(self, tokens: int) -> int:
         return tokens if self.fmt.bits == 8 else tokens * self.fmt.bits // 32
 
-    def _channels(self, shape: tuple[int, ...]) -> list[jax.Array]:
-        """Which lanes each group of channels has."""
-        lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-        size = self.fmt.group_size
-        return [(lane >= first) & (lane < first + size) for first in range(0, self.dim, size)]
+    def _metadata(self, x: Quantized, lanes) -> tuple[jax.Array, jax.Array]:
+        """Scale and offset, f32: x ~ biased code * scale + offset."""
+        scale, bias = metadata_value(x.scale[:, lanes], positive=True), CODE_BIAS[self.held_bits]
+        if x.zero_point is None:
+            return scale, scale * float(-bias - self.fmt.num_levels // 2)
+        return scale, metadata_value(x.zero_point[:, lanes]) - scale * float(bias)
+
+    def _in_order(self, x: jax.Array) -> jax.Array:
+        """[G, T] by token -> by lane."""
+        return x if self.held_bits == 8 else permute_lanes(x, order_of(8, self.held_bits))
+
+    def _codes(self, x: Quantized, scratch: Scratch, i, dtype) -> jax.Array:
+        """Biased codes of tile i in the order of `tokens_of_lanes`: [T, D]."""
+        ref, rows = x.codes if scratch.codes is None else scratch.codes, self._rows(self.tile)
+        words = ref[pl.ds(pl.multiple_of(i * rows, rows), rows), :]
+        if scratch.three is not None:
+            words = words_of_three(words, *scratch.three)
+        if self.fmt.bits == 8:
+            return biased_codes(pltpu.bitcast(words, jnp.uint32), 8).astype(dtype)
+        size = LANES * self.held_bits // 32
+        chunks = [biased_codes(words[first : first + size], self.held_bits) for first in range(0, len(words), size)]
+        return jnp.concatenate(chunks).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Consecutive tokens at work, in the order of `tokens_of_lanes`."""
+
+    side: Side
+    codes: jax.Array  # [T, D], biased
+    scale: jax.Array  # per token f32[D / g, T]; per channel a ref, see `Scratch`
+    offset: jax.Array
+    correction: jax.Array | None  # a ref, see `Scratch`
+    index: jax.Array  # of the tile in its block
+
+    def dot(self, q: jax.Array) -> jax.Array:
+        """Logits: q f32[R, D] -> f32[R, T]."""
+        return self._dot_per_token(q) if self.side.per_token else self._dot_per_channel(q)
+
+    def mix(self, keep: jax.Array, sums: tuple[jax.Array, ...], p: jax.Array) -> tuple[jax.Array, ...]:
+        """Return `sums * keep` plus the product of p f32[R, T] with the tile; keep f32[R, 128] has equal lanes."""
+        return (self._mix_per_token if self.side.per_token else self._mix_per_channel)(keep, sums, p)
+
+    def _dot_per_token(self, q: jax.Array) -> jax.Array:
+        num_rows = q.shape[0]
+        stacked = jnp.concatenate([jnp.where(mine, q, 0.0) for mine in self.side.channels(q.shape)])
+        products = _dot(stacked.astype(self.codes.dtype), self.codes, 1)  # [G * R, T]
+        sums = stacked.sum(1, keepdims=True)
+        logits = jnp.zeros((num_rows, self.side.tile), jnp.float32)
+        for g in range(self.scale.shape[0]):
+            mine = slice(g * num_rows, (g + 1) * num_rows)
+            logits += products[mine] * self.scale[g : g + 1] + sums[mine] * self.offset[g : g + 1]
+        return logits
+
+    def _dot_per_channel(self, q: jax.Array) -> jax.Array:
+        num_rows, chunks = q.shape[0], []
+        correction = self.correction[self.index]  # [R, 128]
+        for first, groups in self._chunks():
+            scaled = jnp.concatenate([q * self._of_group(self.scale, g) for g in groups]).astype(self.codes.dtype)
+            products = _dot(scaled, self.codes[first : first + LANES], 1)  # [groups * R, 128]
+            logits, token = products[:num_rows], self._token(q.shape[0])
+            for n, g in enumerate(groups[1:], 1):
+                starts = g * self.side.fmt.group_size - first
+                logits = jnp.where(token >= starts, products[n * num_rows : (n + 1) * num_rows], logits)
+            group = (first + token) // self.side.fmt.group_size
+            chunks.append(logits + jnp.take_along_axis(correction, group, 1, mode="promise_in_bounds"))
+        return jnp.concatenate(chunks, 1)
+
+    def _mix_per_token(self, keep: jax.Array, sums: tuple[jax.Array, ...], p: jax.Array) -> tuple[jax.Array, ...]:
+        groups = range(self.scale.shape[0])
+        stacked = jnp.concatenate([keep] * len(groups))
+        scaled = jnp.concatenate([p * self.scale[g : g + 1] for g in groups]).astype(self.codes.dtype)
+        shifts = jnp.concatenate([fold_lanes(p * self.offset[g : g + 1]) for g in groups])
+        products, shifted = sums
+        products = products * repeat_lanes(stacked, self.side.dim) + _dot(scaled, self.codes, 0)
+        return products, shifted * stacked + shifts
+
+    def _mix_per_channel(self, keep: jax.Array, sums: tuple[jax.Array, ...], p: jax.Array) -> tuple[jax.Array, ...]:
+        total, num_rows, size = sums[0] * repeat_lanes(keep, self.side.dim), p.shape[0], self.side.fmt.group_size
+        for first, groups in self._chunks():
+            part, token = p[:, first : first + LANES], self._token(num_rows)
+            bounds = [(g * size - first, (g + 1) * size - first) for g in groups]
+            own = [jnp.where((token >= start) & (token < stop), part, 0.0) for start, stop in bounds]
+            stacked = jnp.concatenate(own).astype(self.codes.dtype)
+            products = _dot(stacked, self.codes[first : first + LANES], 0)  # [groups * R, D]
+            for n, g in enumerate(groups):
+                total += products[n * num_rows : (n + 1) * num_rows] * self._of_group(self.scale, g)
+                total += own[n].sum(1, keepdims=True) * self._of_group(self.offset, g)
+        return (total,)
 
     def _chunks(self) -> list[tuple[int, list[int]]]:
-        """First token of every 128 of a tile, and the groups of tokens that these belong to."""
-        size = self.fmt.group_size
+        """First token of every 128 of the tile, and the groups of tokens that these belong to."""
+        size = self.side.fmt.group_size
         return [
-            (first, list(range(first // size, (first + LANES - 1) // size + 1))) for first in range(0, self.tile, LANES)
+            (first, list(range(first // size, (first + LANES - 1) // size + 1)))
+            for first in range(0, self.side.tile, LANES)
         ]
 
-    def _of_tile(self, scratch: Scratch, i) -> tuple[jax.Array, jax.Array]:
-        """Per token: scale and offset of tile i, f32[D / g, T]."""
-        at = pl.ds(pl.multiple_of(i * self.tile, LANES), self.tile)
-        return scratch.scale[:, at], scratch.offset[:, at]
+    def _token(self, num_rows: int) -> jax.Array:
+        """Token of each lane of a chunk: i32[R, 128]."""
+        return tokens_of_lanes(lax.broadcasted_iota(jnp.int32, (num_rows, LANES), 1), self.side.held_bits)
 
-    def _of_group(self, scratch: Scratch, i, group: int) -> tuple[jax.Array, jax.Array]:
-        """Per channel: scale and offset of a group of tile i, f32[1, D]."""
-        at = pl.ds(i * (self.tile // self.fmt.group_size) + group, 1)
-        return scratch.scale[at, :], scratch.offset[at, :]
+    def _of_group(self, metadata: jax.Array, group: int) -> jax.Array:
+        """Per channel: row of `metadata` for a group of the tile, f32[1, D]."""
+        return metadata[pl.ds(self.index * (self.side.tile // self.side.fmt.group_size) + group, 1), :]
+
+
+def fold_lanes(x: jax.Array) -> jax.Array:
+    """[R, T] -> [R, 128] with the same sum."""
+    return sum((x[:, i : i + LANES] for i in range(LANES, x.shape[1], LANES)), start=x[:, :LANES])
+
+
+def _finite(x: jax.Array, live: jax.Array, stored: jax.typing.DTypeLike) -> jax.Array:
+    """Zero what lies beyond the live tokens, where floats may be NaN; half floats are decoded to finite numbers."""
+    return x if stored == jnp.int16 else jnp.where(live, x, 0.0)
 
 
 def _spec(shape: tuple[int, int], tokens_last: bool, block_of) -> pl.BlockSpec:
@@ -230,8 +281,3 @@ def _dot(left: jax.Array, right: jax.Array, axis: int) -> jax.Array:
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     dims = (((1,), (axis,)), ((), ()))
     return lax.dot_general(left, right, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def fold_lanes(x: jax.Array) -> jax.Array:
-    """[R, T] -> [R, 128] with the same sum."""
-    return sum((x[:, i : i + LANES] for i in range(LANES, x.shape[1], LANES)), start=x[:, :LANES])

@@ -39,6 +39,11 @@ def assert_same_attention(got, want, tolerance):
     np.testing.assert_allclose(*lse, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["k3-token-v8-channel", "whole-head-symmetric", "positions-per-head", "bfloat16-query"])
+def test_shapes_are_those_of_the_arguments(name):
+    chex.assert_trees_all_equal_shapes_and_dtypes(CASES[name].shapes(), CASES[name].arguments()[0])
+
+
 def test_bad_calls_are_refused():
     (q, k, v, length, _, _), options = Case(channel(4), token(4)).arguments()
     with pytest.raises(ValueError, match="implementation='fast' must be None or one of"):
