@@ -1,0 +1,54 @@
+"""Hadamard rotation on TPU in Pallas: rows stream through the matrix unit, the matrix stays in VMEM.
+
+Its entries are +1 and -1, exact in bfloat16; a float32 row is the sum of three bfloat16 rows, so three products are as
+good as one in float32, which would take six. XLA keeps arrays whose last axis does not fill 128 lanes with the axis
+before it in the lanes; such rows are rotated as they lie, as columns, or both sides would be copied.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.hadamard.block_sizes import TPU_ROWS
+from pallas_kernels.hadamard.matrix import hadamard_matrix
+
+_LANES = 128
+
+
+def hadamard(x: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """See `api.hadamard`."""
+    dim = x.shape[-1]
+    columns = dim % _LANES != 0 and x.ndim > 1
+    rows = x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2) if columns else x.reshape(1, -1, dim)  # [b, D, S] or [1, N, D]
+    num_rows = rows.shape[2 if columns else 1]
+    block = min(TPU_ROWS, num_rows)
+    # Both walk the rows; what lies beyond the last one is not kept.
+    as_rows = pl.BlockSpec((None, block, dim), lambda b, i: (b, i, 0))
+    as_columns = pl.BlockSpec((None, dim, block), lambda b, i: (b, 0, i))
+    row_spec = as_columns if columns else as_rows
+    out = pl.pallas_call(
+        functools.partial(_kernel, columns=columns),
+        grid=(rows.shape[0], pl.cdiv(num_rows, block)),
+        in_specs=[row_spec, pl.BlockSpec((dim, dim), lambda b, i: (0, 0))],
+        out_specs=row_spec,
+        out_shape=jax.ShapeDtypeStruct(rows.shape, x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+        name="hadamard",
+    )(rows, jnp.asarray(hadamard_matrix(dim), jnp.bfloat16))
+    return (out.swapaxes(1, 2) if columns else out).reshape(x.shape)
+
+
+def _kernel(x_ref, matrix_ref, out_ref, *, columns: bool):
+    """Rotate one block of rows, or of columns."""  # refs: [N, D] or [D, N], [D, D] -> as the first
+    rest, matrix = x_ref[...], matrix_ref[...]
+    total = jnp.zeros(rest.shape, jnp.float32)
+    for _ in range(1 if rest.dtype == jnp.bfloat16 else 3):
+        part = rest.astype(jnp.bfloat16)
+        operands = (matrix, part) if columns else (part, matrix)
+        total += jnp.dot(*operands, preferred_element_type=jnp.float32)
+        rest = rest - part.astype(rest.dtype)
+    out_ref[...] = (total * matrix.shape[0] ** -0.5).astype(out_ref.dtype)
