@@ -12,9 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Unsupported
@@ -37,8 +41,8 @@ class Machine:
 
     interpret: bool
 
-    def kernel(self, body: Callable, out_type: Any, grid: dict[str, int], scratch: Any) -> Callable:
-        """`plgpu.kernel` over a named grid; one warpgroup a block."""
+    def kernel(self, body: Callable, out_type: Any, grid: dict[str, int], scratch: Any, **options: Any) -> Callable:
+        """`plgpu.kernel` over a named grid; one warpgroup a block; options of `plgpu.CompilerParams`."""
         params: Any = None
         if self.interpret:
             # Not exported by JAX 0.10. Reads beyond an array give zeros, as the copy engine's do.
@@ -51,7 +55,7 @@ class Machine:
             grid=tuple(grid.values()),
             grid_names=tuple(grid),
             scratch_types=scratch,
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            compiler_params=plgpu.CompilerParams(**options),
             interpret=params,
         )
 
@@ -74,6 +78,13 @@ class Machine:
         """Indices along an axis, i32."""
         return self.cast(lax.broadcasted_iota(jnp.int32, shape, axis), layout)
 
+    def reciprocal(self, x: jax.Array, layout: Any) -> jax.Array:
+        """1 / x of float32 in registers laid out so, rounded to nearest: the compiler's own division is not."""
+        if self.interpret:
+            return 1.0 / x
+        out = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout)
+        return plgpu.inline_mgpu(arg_types=(layout,), return_type=out)(lambda _, x: _reciprocal(x))(x)
+
     def store_transposed(self, x: jax.Array, ref: Any) -> None:
         """Write an accumulator's worth of x [m, n] to a tiled reference [n, m], for the matrix unit to read."""
         if self.interpret:
@@ -91,6 +102,16 @@ class Machine:
             plgpu.wgmma(acc_ref, a, plgpu.transpose_ref(b_ref, (1, 0)))
 
         return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+def _reciprocal(x: Any) -> Any:
+    """Of each element of a fragmented array."""
+    f32, registers = ir.F32Type.get(), np.empty(x.registers.shape, object)
+    for index, register in np.ndenumerate(x.registers):
+        elements = [vector.extract(register, [], [i]) for i in range(ir.VectorType(register.type).shape[0])]
+        elements = [llvm.inline_asm(f32, [e], "rcp.rn.f32 $0, $1;", "=f,f") for e in elements]
+        registers[index] = vector.from_elements(register.type, elements)
+    return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
 
 def operand(shape: tuple[int, ...], dtype: Any) -> Any:

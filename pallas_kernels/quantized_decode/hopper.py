@@ -168,7 +168,7 @@ def _call(plan: _Plan, still: list[jax.Array], streams: dict[str, jax.Array]) ->
         inputs, rest = refs[: len(still)], refs[len(still) :]
         _kernel(plan, inputs, dict(zip(streams, rest, strict=False)), *rest[len(streams) :])
 
-    return plan.machine.kernel(body, state, grid, scratch)(*still, *streams.values())
+    return plan.machine.kernel(body, state, grid, scratch, approx_math=True)(*still, *streams.values())
 
 
 def _kernel(plan, still, streams, acc_gmem, top_gmem, sum_gmem, q_smem, p_smem, barrier):
