@@ -33,7 +33,8 @@ def main() -> int:
     tiny = options.rehearse
     record = Record(options.out, options.deadline, rehearsal=tiny, rounds=options.rounds)
     record.add("bandwidth", **timing.bandwidth(2**22 if tiny else 2**31, options.rounds, record.left))
-    right = correct.check(record, ("blocked", "reference") if tiny else options.backends, limit=2 if tiny else None)
+    checked = ("blocked", "reference") if tiny else options.backends
+    right = correct.check(record, checked, 2 if tiny else None, options.workers, share=0.55)
     backends = ("reference",) if tiny else _usable(record, options.backends)
     shapes = [attention.Shape(1, 256, heads=2, dim=64)] if tiny else attention.SHAPES
     distinct = 2**17 if tiny else attention.DISTINCT_BYTES
@@ -44,7 +45,8 @@ def main() -> int:
         attention.measure(record, shape, backends, options.rounds, distinct)
         if number == 0 and record.left() > 0:
             quantize.measure(record, backends, (1, 2, 256, 64) if tiny else (8, 8, 32768, 128), options.rounds)
-    record.content["complete"] = "cut" not in record.content
+    reached = all(row["outcome"] != "not reached" for row in record.content["correctness"])
+    record.content["complete"] = reached and "cut" not in record.content
     record.save()
     roofline(record.content, options.out.with_suffix(".png"))
     return 0 if right else 1
@@ -61,6 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
     parser.add_argument("--deadline", type=float, default=460.0, help="seconds after which no new step starts")
     parser.add_argument("--rounds", type=int, default=30, help="interleaved repetitions")
+    parser.add_argument("--workers", type=int, default=8, help="threads that compile cases")
     parser.add_argument("--backends", type=lambda s: tuple(s.split(",")), default=_KERNELS, help="comma-separated")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, plain JAX, any platform")
     return parser.parse_args()

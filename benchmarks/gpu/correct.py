@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import pkgutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -14,6 +16,8 @@ from pallas_kernels.dispatch import Unsupported
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative to the largest output; a Hopper kernel computes in bfloat16
 
+_lowering = threading.Lock()  # Triton's front end keeps state in its modules
+
 
 def operations() -> list[str]:
     """Operations that have cases."""
@@ -21,19 +25,33 @@ def operations() -> list[str]:
     return [name for name in names if importlib.util.find_spec(f"pallas_kernels.{name}.cases")]
 
 
-def check(record: Record, backends: tuple[str, ...], limit: int | None) -> bool:
-    """Run cases, at most `limit` an operation; whether every one that ran was right."""
-    right = True
+def check(record: Record, backends: tuple[str, ...], limit: int | None, workers: int, share: float) -> bool:
+    """Run cases, at most `limit` an operation; whether every one that ran was right.
+
+    Args:
+      record: Where outcomes go.
+      backends: Which to run; what they cannot take is noted and no error.
+      limit: Cases of an operation; None for all.
+      workers: Threads; nearly all the time is compilation.
+      share: Of the time left that this may take; cases that start no more are noted as not reached.
+    """
+    right, stop_at = True, record.left() * (1 - share)
+    calls = []
     for operation in operations():
         cases = importlib.import_module(f"pallas_kernels.{operation}.cases").CASES
-        for name, case in list(cases.items())[:limit]:
-            for backend in backends:
-                if record.left() < 0:
-                    record.add("correctness", operation=operation, case=name, outcome="not reached")
-                    return right
-                row = _outcome(operation, case, backend)
-                right = right and row["outcome"] in ("right", "unsupported")
-                record.add("correctness", operation=operation, case=name, backend=backend, **row)
+        calls += [(operation, name, case, b) for name, case in list(cases.items())[:limit] for b in backends]
+
+    def run(operation, name, case, backend):
+        if record.left() < stop_at:
+            return {"outcome": "not reached"}
+        return _outcome(operation, case, backend)
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(run, *call) for call in calls]
+        for (operation, name, _, backend), future in zip(calls, futures, strict=True):
+            row = future.result()
+            right = right and row["outcome"] not in ("wrong", "failed")
+            record.add("correctness", operation=operation, case=name, backend=backend, **row)
     return right
 
 
@@ -51,7 +69,9 @@ def _outcome(operation: str, case, backend: str) -> dict:
 
     on_device = [jax.device_put(x, jax.devices()[0]) if isinstance(x, jax.Array) else None for x in leaves]
     try:
-        got = jax.block_until_ready(jax.jit(run)(on_device))
+        with _lowering:
+            lowered = jax.jit(run).lower(on_device)
+        got = jax.block_until_ready(lowered.compile()(on_device))
     except Unsupported as reason:
         return {"outcome": "unsupported", "reason": str(reason)}
     except Exception as error:  # a kernel that does not compile must not hide the others

@@ -30,7 +30,7 @@ def tpu_sizes(num_slots: int, dim: int, k_format: Format, v_format: Format) -> t
 
 
 KEY_CHANNELS = VALUE_CHANNELS = 64  # that the Triton kernel works on at a time
-_PROGRAMS = 132 * 8  # programs that keep an H200 busy: its processors times programs that fit one
+_PROGRAMS = 2 * 132 * 8  # two waves of programs on an H200: its processors times the programs that fit one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class GpuSizes:
 
 def gpu_sizes(heads: int, slots: int, rows: int, places: int) -> GpuSizes:
     """Sizes for `heads` rows times KV heads; a word holds `places` slots."""
-    words = 16 if places > 1 else 64
+    words = 16 if places > 1 else 32
     tiles = -(-slots // (words * places))
     splits = max(1, min(tiles // 2, _PROGRAMS // heads))
     tiles_of_split = -(-tiles // splits)

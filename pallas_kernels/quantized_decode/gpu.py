@@ -19,6 +19,7 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.prefill.reference import MASK_VALUE
 from pallas_kernels.quantized_decode.block_sizes import KEY_CHANNELS, VALUE_CHANNELS, gpu_sizes
+from pallas_kernels.quantized_decode.words import bias_of, biased_codes, load_words, per_word, scaled_codes
 
 _DEAD = tl.constexpr(MASK_VALUE)
 _LEAST = tl.constexpr(MASK_VALUE / 10)  # where maxima start: a dead slot's exponential is 0 before any live one is met
@@ -42,16 +43,16 @@ def quantized_decode(
     batch, heads, rows, dim = q.shape
     slots = k.codes.shape[2] if k_format.bits == 8 else k.codes.shape[2] * 32 // k_format.bits
     for fmt in (k_format, v_format):
-        if fmt.axis == "channel" and fmt.group_size % _per_word(fmt.bits):
+        if fmt.axis == "channel" and fmt.group_size % per_word(fmt.bits):
             raise Unsupported(f"channel groups of {fmt.group_size} tokens cut words at {fmt.bits} bits.")
-    places = max(_per_word(k_format.bits), _per_word(v_format.bits))
+    places = max(per_word(k_format.bits), per_word(v_format.bits))
     sizes = gpu_sizes(batch * heads, slots, rows, places)
     positions = (length, length) if pos is None else (pos, q_pos)
     zeros = [x.scale if x.zero_point is None else x.zero_point for x in (k, v)]
     arrays = (q, k.codes, k.scale, zeros[0], v.codes, v.scale, zeros[1], length, *positions)
     f32, split = jnp.float32, (batch, heads, sizes.splits, rows)
     acc, top, total = triton_calls.call(
-        _kernel,
+        _attend,
         arrays,
         [jax.ShapeDtypeStruct((*split, dim), f32), jax.ShapeDtypeStruct(split, f32), jax.ShapeDtypeStruct(split, f32)],
         (batch * heads, sizes.splits, triton.cdiv(rows, sizes.rows)),
@@ -84,12 +85,6 @@ def merge(acc: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, 
     return (acc * weight[..., None]).sum(2), most, (total * weight).sum(2)
 
 
-@triton.constexpr_function
-def _per_word(bits: int) -> int:
-    """Tokens of a word; at 3 bits of one of the low bits."""
-    return {2: 16, 3: 16, 4: 8, 8: 1}[bits]
-
-
 def _constants(name: str, fmt: Format, dim: int, width: int) -> dict:
     """What the kernel must know of a format.
 
@@ -114,7 +109,7 @@ def _constants(name: str, fmt: Format, dim: int, width: int) -> dict:
 
 
 @triton.jit
-def _kernel(
+def _attend(
     q_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, length_ptr, pos_ptr, q_pos_ptr,
     acc_ptr, top_ptr, total_ptr,  # [B, K, splits, R, D] [B, K, splits, R] [B, K, splits, R]
     num_heads: tl.constexpr, num_rows: tl.constexpr, dim: tl.constexpr, num_slots: tl.constexpr,
@@ -182,7 +177,7 @@ def _kernel(
         mask = exists[:, :, None] & (row < num_rows)[None, None, :]
         x = acc[part]
         if v_by_token:
-            x += (tl.sum(shift[part], 1) - tl.max(seen[part], 1) * _bias(v_bits, q[0].dtype))[:, None, :]
+            x += (tl.sum(shift[part], 1) - tl.max(seen[part], 1) * bias_of(v_bits, q[0].dtype))[:, None, :]
         tl.store(acc_ptr + out[None, None, :] * dim + channel[:, :, None], x, mask=mask)
     tl.store(top_ptr + out, top, mask=row < num_rows)
     tl.store(total_ptr + out, tl.sum(total, 0), mask=row < num_rows)
@@ -232,31 +227,31 @@ def _dot_keys(
     """Add a pass's share of the logits f32[words, R] of each place: q [cut, part, R] times keys."""
     channel, exists = _channels(part_index, dim, cut, part, stride)
     channel, exists = channel[:, None, :], exists[:, None, :]
-    bias: tl.constexpr = _bias(bits, q.dtype)
+    bias: tl.constexpr = bias_of(bits, q.dtype)
     q_sum = tl.sum(q.to(tl.float32), 1)[:, None, :]
     out = ()
     for place in tl.static_range(places):
-        if place % _per_word(bits) == 0:
-            low, high = _words(ptr, head, unit[None, :, None], place, places, channel, exists, num_slots, dim, bits)
+        if place % per_word(bits) == 0:
+            low, high = load_words(ptr, head, unit[None, :, None], place, places, channel, exists, num_slots, dim, bits)
         if by_token:
             if place % 4 == 0:
                 scales, zeros = _of_tokens(scale_ptr, zero_ptr, head, unit, place, places, part_index,
                                            num_slots, dim, group, middle, cut, stride)  # fmt: skip
             scale, zero = _pair(scales, zeros, place % 4, middle)
-            x = tl.dot(_codes(low, high, bits, place, q.dtype), q, input_precision="tf32x3")
+            x = tl.dot(biased_codes(low, high, bits, place, q.dtype), q, input_precision="tf32x3")
             x = x * scale + q_sum * (zero - bias * scale)
         elif bias > 0:
-            if place % _per_word(bits) == 0:
+            if place % per_word(bits) == 0:
                 scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel,
                                            exists, num_slots, dim, group, middle)  # fmt: skip
                 factor = tl.broadcast_to(scale.to(q.dtype), low.shape)
                 zero_logits = tl.dot(zero.to(q.dtype), q)
-            x = tl.dot(_scaled_codes(low, high, factor, factor * -bias, bits, place), q, zero_logits)
+            x = tl.dot(scaled_codes(low, high, factor, factor * -bias, bits, place), q, zero_logits)
         else:
-            if place % _per_word(bits) == 0:
+            if place % per_word(bits) == 0:
                 scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel,
                                            exists, num_slots, dim, group, middle)  # fmt: skip
-            codes = _codes(low, high, bits, place, tl.float32) * scale + zero
+            codes = biased_codes(low, high, bits, place, tl.float32) * scale + zero
             x = tl.dot(codes.to(q.dtype), q, input_precision="tf32x3")
         out = out + (logits[place] + tl.sum(x, 0),)
     return out
@@ -272,8 +267,8 @@ def _add_values(
     channel, exists = _channels(part_index, dim, cut, part, stride)
     channel, exists = channel[:, :, None], exists[:, :, None]
     for place in tl.static_range(places):
-        if place % _per_word(bits) == 0:
-            low, high = _words(ptr, head, unit[None, None, :], place, places, channel, exists, num_slots, dim, bits)
+        if place % per_word(bits) == 0:
+            low, high = load_words(ptr, head, unit[None, None, :], place, places, channel, exists, num_slots, dim, bits)
         if by_token:
             if place % 4 == 0:
                 scales, zeros = _of_tokens(scale_ptr, zero_ptr, head, unit, place, places, part_index,
@@ -281,15 +276,15 @@ def _add_values(
             scale, zero = _pair(scales, zeros, place % 4, middle)
             scaled = (p[place][None] * scale).to(dtype)
             shift += p[place][None] * zero
-            if _bias(bits, dtype) > 0:
+            if bias_of(bits, dtype) > 0:
                 seen = tl.dot(tl.full((cut, 16, unit.shape[0]), 1.0, dtype), scaled, seen)
-            codes = _codes(low, high, bits, place, dtype)
+            codes = biased_codes(low, high, bits, place, dtype)
         else:
-            if place % _per_word(bits) == 0:
+            if place % per_word(bits) == 0:
                 scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, None, :], place, places, channel,
                                            exists, num_slots, dim, group, middle)  # fmt: skip
             scaled = p[place][None].to(dtype)
-            codes = (_codes(low, high, bits, place, tl.float32) * scale + zero).to(dtype)
+            codes = (biased_codes(low, high, bits, place, tl.float32) * scale + zero).to(dtype)
         acc = tl.dot(codes, scaled, acc, input_precision="tf32x3")
     return acc, shift, seen
 
@@ -351,80 +346,6 @@ def _pair(scales, zeros, index: tl.constexpr, middle: tl.constexpr):
         return scale, -scale * middle
     else:
         return scale, zeros[index].to(tl.float32)
-
-
-@triton.jit
-def _words(
-    ptr, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
-    num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
-):  # fmt: skip
-    """What holds the codes at one place of each unit, shaped like `unit` x `channel`: bytes, or words.
-
-    At 3 bits also the words of the high bits, shifted so that the token's bit is where its place says; else twice.
-    """
-    per_word: tl.constexpr = _per_word(bits)
-    word = tl.minimum(unit * (places // per_word) + place // per_word, num_slots // per_word - 1)
-    ptr += head * (num_slots if bits == 8 else num_slots * bits // 32) * dim
-    if bits == 3:
-        low = tl.load(ptr + (word // 2 * 3 + word % 2) * dim + channel, mask=exists, other=0)
-        high = tl.load(ptr + (word // 2 * 3 + 2) * dim + channel, mask=exists, other=0)
-        return low, high >> (word % 2 * 16).to(tl.uint32)
-    else:
-        low = tl.load(ptr + word * dim + channel, mask=exists, other=0)
-        return low, low
-
-
-@triton.jit
-def _codes(low, high, bits: tl.constexpr, place: tl.constexpr, dtype: tl.constexpr):
-    """Codes at one place, `_bias` added."""
-    if bits == 8:
-        codes = (low.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-        return codes.to(dtype)
-    elif dtype == tl.bfloat16:
-        args = [low, high] if bits == 3 else [low]
-        return tl.inline_asm_elementwise(
-            _asm(bits, place, False), _constraints(bits, False), args, tl.bfloat16, True, 2
-        )
-    else:
-        width: tl.constexpr = 2 if bits == 3 else bits
-        codes = (low >> (place * width % 32)) & ((1 << width) - 1)
-        if bits == 3:
-            codes |= (high >> place % 16 & 1) << 2
-        codes = ((codes << 16) | 0x43000000).to(tl.float32, bitcast=True) - 128.0
-        return codes.to(dtype)
-
-
-@triton.jit
-def _scaled_codes(low, high, scale, shift, bits: tl.constexpr, place: tl.constexpr):
-    """Codes at one place times scales, in bfloat16; `shift` takes the bias off."""
-    args = [low, high, scale, shift] if bits == 3 else [low, scale, shift]
-    return tl.inline_asm_elementwise(_asm(bits, place, True), _constraints(bits, True), args, tl.bfloat16, True, 2)
-
-
-@triton.constexpr_function
-def _asm(bits, place, scaled):
-    """Two words to two codes in bfloat16: a code joins the bits of 128.0; if scaled, times $a plus $b = -128 $a."""
-    width = 2 if bits == 3 else bits
-    shift, mask = place * width % 32, (1 << width) - 1
-    text = f"prmt.b32 t, $1, $2, {'0x5410' if shift < 16 else '0x7632'}; shr.b32 t, t, {shift % 16};"
-    text += f" lop3.b32 t, t, {mask * 0x10001:#x}, 0x43004300, 0xEA;"
-    if bits == 3:
-        move = f"shr.b32 u, u, {place % 16 - 2}" if place % 16 >= 2 else f"shl.b32 u, u, {2 - place % 16}"
-        text += f" prmt.b32 u, $3, $4, 0x5410; {move}; lop3.b32 t, u, 0x40004, t, 0xEA;"
-    first = 5 if bits == 3 else 3
-    end = f"fma.rn.bf16x2 $0, t, ${first}, ${first + 1};" if scaled else "shr.b32 $0, t, 0;"
-    return "{ .reg .b32 t; .reg .b32 u; " + text + " " + end + " }"
-
-
-@triton.constexpr_function
-def _constraints(bits, scaled):
-    return ",".join(["=r", *["r"] * ((4 if bits == 3 else 2) + 2 * scaled)])
-
-
-@triton.constexpr_function
-def _bias(bits, dtype):
-    """What `_codes` leaves in: the float whose bits a code joins, exact in bfloat16 up to 7 bits."""
-    return 128.0 if bits < 8 and dtype == tl.bfloat16 else 0.0
 
 
 @triton.jit

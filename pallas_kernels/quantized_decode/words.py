@@ -1,0 +1,84 @@
+"""Words of packed codes to operands of products, in Triton: loads, shifts, and inline assembly on pairs."""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def per_word(bits: int) -> int:
+    """Tokens of a word; at 3 bits of one of the low bits."""
+    return {2: 16, 3: 16, 4: 8, 8: 1}[bits]
+
+
+@triton.constexpr_function
+def bias_of(bits, dtype):
+    """What `biased_codes` leaves in: the float whose bits a code joins, exact in bfloat16 up to 7 bits."""
+    return 128.0 if bits < 8 and dtype == tl.bfloat16 else 0.0
+
+
+@triton.jit
+def load_words(
+    ptr, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
+    num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
+):  # fmt: skip
+    """What holds the codes at one place of each unit, shaped like `unit` x `channel`: bytes, or words.
+
+    At 3 bits also the words of the high bits, shifted so that the token's bit is where its place says; else twice.
+    """
+    size: tl.constexpr = per_word(bits)
+    word = tl.minimum(unit * (places // size) + place // size, num_slots // size - 1)
+    ptr += head * (num_slots if bits == 8 else num_slots * bits // 32) * dim
+    if bits == 3:
+        low = tl.load(ptr + (word // 2 * 3 + word % 2) * dim + channel, mask=exists, other=0)
+        high = tl.load(ptr + (word // 2 * 3 + 2) * dim + channel, mask=exists, other=0)
+        return low, high >> (word % 2 * 16).to(tl.uint32)
+    else:
+        low = tl.load(ptr + word * dim + channel, mask=exists, other=0)
+        return low, low
+
+
+@triton.jit
+def biased_codes(low, high, bits: tl.constexpr, place: tl.constexpr, dtype: tl.constexpr):
+    """Codes at one place, `bias_of` added."""
+    if bits == 8:
+        codes = (low.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        return codes.to(dtype)
+    elif dtype == tl.bfloat16:
+        args = [low, high] if bits == 3 else [low]
+        return tl.inline_asm_elementwise(
+            _asm(bits, place, False), _constraints(bits, False), args, tl.bfloat16, True, 2
+        )
+    else:
+        width: tl.constexpr = 2 if bits == 3 else bits
+        codes = (low >> (place * width % 32)) & ((1 << width) - 1)
+        if bits == 3:
+            codes |= (high >> place % 16 & 1) << 2
+        codes = ((codes << 16) | 0x43000000).to(tl.float32, bitcast=True) - 128.0
+        return codes.to(dtype)
+
+
+@triton.jit
+def scaled_codes(low, high, scale, shift, bits: tl.constexpr, place: tl.constexpr):
+    """Codes at one place times scales, in bfloat16; `shift` takes the bias off."""
+    args = [low, high, scale, shift] if bits == 3 else [low, scale, shift]
+    return tl.inline_asm_elementwise(_asm(bits, place, True), _constraints(bits, True), args, tl.bfloat16, True, 2)
+
+
+@triton.constexpr_function
+def _asm(bits, place, scaled):
+    """Two words to two codes in bfloat16: a code joins the bits of 128.0; if scaled, times $a plus $b = -128 $a."""
+    width = 2 if bits == 3 else bits
+    shift, mask = place * width % 32, (1 << width) - 1
+    text = f"prmt.b32 t, $1, $2, {'0x5410' if shift < 16 else '0x7632'}; shr.b32 t, t, {shift % 16};"
+    text += f" lop3.b32 t, t, {mask * 0x10001:#x}, 0x43004300, 0xEA;"
+    if bits == 3:
+        move = f"shr.b32 u, u, {place % 16 - 2}" if place % 16 >= 2 else f"shl.b32 u, u, {2 - place % 16}"
+        text += f" prmt.b32 u, $3, $4, 0x5410; {move}; lop3.b32 t, u, 0x40004, t, 0xEA;"
+    first = 5 if bits == 3 else 3
+    end = f"fma.rn.bf16x2 $0, t, ${first}, ${first + 1};" if scaled else "shr.b32 $0, t, 0;"
+    return "{ .reg .b32 t; .reg .b32 u; " + text + " " + end + " }"
+
+
+@triton.constexpr_function
+def _constraints(bits, scaled):
+    return ",".join(["=r", *["r"] * ((4 if bits == 3 else 2) + 2 * scaled)])
