@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 
-BACKENDS = ("reference", "blocked", "tpu", "hopper", "gpu")
-_ORDER = {"cpu": ("blocked", "reference"), "tpu": ("tpu", "blocked", "reference"),
+BACKENDS = ("reference", "blocked", "cpu", "tpu", "hopper", "gpu")
+_ORDER = {"cpu": ("cpu", "blocked", "reference"), "tpu": ("tpu", "blocked", "reference"),
           "gpu": ("hopper", "gpu", "blocked", "reference")}  # fmt: skip
 _INTERPRETED = ("tpu", "hopper", "gpu")
 

@@ -5,3 +5,4 @@ Plain JAX on 2 cores, 4 bits, 16k slots, 8 KV heads, 4 queries each, processor m
 """
 
 BLOCKED = 512
+CPU = 256  # sums of 16-bit probabilities times 8-bit codes then just fit 32 bits

@@ -11,7 +11,7 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.quantized_decode import quantized_decode
 from pallas_kernels.quantized_decode.cases import CASES, Case, channel, token
 
-BACKENDS = ("blocked", "tpu", "hopper", "gpu")
+BACKENDS = ("blocked", "cpu", "tpu", "hopper", "gpu")
 
 
 @pytest.mark.parametrize("name", CASES)
