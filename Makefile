@@ -54,7 +54,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e ".[gguf]"
+	$(BIN)/python -m pip install -q -e ".[gguf,cpu]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run

@@ -4,6 +4,7 @@ An operation is a folder of modules, one a backend, each with the same functions
 
 - `reference`: plain JAX, the definition; may store what it decodes.
 - `blocked`: plain JAX that XLA compiles well: a block is decoded, used and forgotten. CPU, and whoever has no kernel.
+- `cpu`: compiled by Numba, a custom call on XLA's threads.
 - `tpu`: Pallas, Mosaic TPU. `hopper`: Pallas, Mosaic GPU, H100 and newer. `gpu`: Triton through jax-triton, Ampere and
   newer.
 
@@ -19,10 +20,11 @@ from typing import Any
 
 import jax
 
-BACKENDS = ("reference", "blocked", "tpu", "hopper", "gpu")
-_ORDER = {"cpu": ("blocked", "reference"), "tpu": ("tpu", "blocked", "reference"),
+BACKENDS = ("reference", "blocked", "cpu", "tpu", "hopper", "gpu")
+_ORDER = {"cpu": ("cpu", "blocked", "reference"), "tpu": ("tpu", "blocked", "reference"),
           "gpu": ("hopper", "gpu", "blocked", "reference")}  # fmt: skip
 _INTERPRETED = ("tpu", "hopper", "gpu")
+_NEEDS = {"cpu": "numba", "gpu": "jax_triton"}  # an extra of this package each
 
 
 class Unsupported(NotImplementedError):
@@ -118,11 +120,14 @@ def _load(operation: str, backend: str, function: str) -> Callable[..., Any]:
     name = f"pallas_kernels.{operation}.{backend}"
     if importlib.util.find_spec(name) is None:
         raise Unsupported(f"{operation} has no {backend} backend.")
-    if backend == "gpu":
-        try:  # installed beside a JAX without GPU support it cannot be imported either
-            importlib.import_module("jax_triton")
+    if backend in _NEEDS:
+        try:  # jax-triton cannot be imported either where it is installed beside a JAX without GPU support
+            importlib.import_module(_NEEDS[backend])
         except ImportError as error:
-            raise Unsupported("the gpu backend needs jax-triton; pip install 'kvcomp_jax[gpu]'.") from error
+            package = _NEEDS[backend].replace("_", "-")
+            raise Unsupported(
+                f"the {backend} backend needs {package}; pip install 'kvcomp_jax[{backend}]'."
+            ) from error
     found = getattr(importlib.import_module(name), function, None)
     if found is None:
         raise Unsupported(f"{operation} has no {function} on the {backend} backend.")

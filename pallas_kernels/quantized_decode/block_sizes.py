@@ -11,6 +11,7 @@ from pallas_kernels.formats import Format
 from pallas_kernels.tpu_rows import block_step
 
 BLOCKED = 512
+CPU = 256  # sums of 16-bit probabilities times 8-bit codes then just fit 32 bits
 
 # Tokens fetched together: a step of the grid costs a few hundred cycles whatever its size, and a row's last block is
 # fetched whole, so a block is also no more than a quarter of the slots.
