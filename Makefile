@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 TEXT := data/kjv.jsonl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Compiling small programs is most of the fast tests' time, so they ask LLVM for its least; slow tests run as users do.
-QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
+# Compiling small programs is most of the fast tests' time, so they ask LLVM for its least and do without Numba's
+# kernels; slow tests run as users do.
+QUICK := KVCOMP_WITHOUT=cpu XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
 
 .PHONY: demo test test-slow test-short lint aot test-kernels assets env clean
 

@@ -8,13 +8,15 @@ An operation is a folder of modules, one a backend, each with the same functions
 - `tpu`: Pallas, Mosaic TPU. `hopper`: Pallas, Mosaic GPU, H100 and newer. `gpu`: Triton through jax-triton, Ampere and
   newer.
 
-A backend that cannot take a call raises `Unsupported` with the reason while it is traced.
+A backend that cannot take a call raises `Unsupported` with the reason while it is traced. The environment variable
+`KVCOMP_WITHOUT`, a comma-separated list, names backends that are passed over unless a call names them.
 """
 
 import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,12 +98,17 @@ def call(
       interpret: Run a kernel in its interpreter; plain JAX backends ignore it.
 
     Raises:
-      ValueError: If there is no backend of that name. Unsupported: If it was named and cannot take the call.
+      ValueError: If there is no backend of that name, here or in KVCOMP_WITHOUT. Unsupported: If it was named and
+        cannot take the call.
     """
     if implementation is not None and implementation not in BACKENDS:
         raise ValueError(f"implementation={implementation!r} must be None or one of {', '.join(BACKENDS)}.")
     function, reasons = function or operation, []
+    without = _without() if implementation is None else ()
     for backend in _ORDER[target().platform] if implementation is None else (implementation,):
+        if backend in without:
+            reasons.append((backend, "KVCOMP_WITHOUT names it."))
+            continue
         more = {"interpret": interpret} if backend in _INTERPRETED else {}
         try:
             result = _load(operation, backend, function)(*args, **options, **more)
@@ -116,6 +123,14 @@ def call(
     raise AssertionError(f"{operation} has no reference.")
 
 
+def _without() -> tuple[str, ...]:
+    names = tuple(name for name in os.environ.get("KVCOMP_WITHOUT", "").split(",") if name)
+    for name in names:
+        if name not in BACKENDS[1:]:
+            raise ValueError(f"KVCOMP_WITHOUT={','.join(names)} names {name!r}; known: {', '.join(BACKENDS[1:])}.")
+    return names
+
+
 def _load(operation: str, backend: str, function: str) -> Callable[..., Any]:
     name = f"pallas_kernels.{operation}.{backend}"
     if importlib.util.find_spec(name) is None:
@@ -125,9 +140,7 @@ def _load(operation: str, backend: str, function: str) -> Callable[..., Any]:
             importlib.import_module(_NEEDS[backend])
         except ImportError as error:
             package = _NEEDS[backend].replace("_", "-")
-            raise Unsupported(
-                f"the {backend} backend needs {package}; pip install 'kvcomp_jax[{backend}]'."
-            ) from error
+            raise Unsupported(f"the {backend} backend needs {package}; pip install 'kvcomp_jax[{backend}]'.") from error
     found = getattr(importlib.import_module(name), function, None)
     if found is None:
         raise Unsupported(f"{operation} has no {function} on the {backend} backend.")

@@ -177,7 +177,14 @@ def _serve():
             return 0
         job = malloc(_JOB_BYTES)
         num_tasks = word(word(word(word(frame + _ATTRIBUTES)) + 8))
-        for field, value in ((_NEXT, 0), (_DONE, 0), (_REFERENCES, 1), (_TASKS, num_tasks), (_FRAME, frame), (_RUN, run)):
+        for field, value in (
+            (_NEXT, 0),
+            (_DONE, 0),
+            (_REFERENCES, 1),
+            (_TASKS, num_tasks),
+            (_FRAME, frame),
+            (_RUN, run),
+        ):
             _store(job + field, value)
         if num_tasks > 1:
             _call_for_help(frame, job, helper)

@@ -31,3 +31,22 @@ def test_a_decode_step_traced_for_a_target_takes_its_kernel(platform):
         program = str(jax.make_jaxpr(kvc.decode)(cache, *qkv(0, 1, 1)))
         (rung,) = kvc.kernels_in_use(cache, num_heads=4)
     assert ("pallas_call" in program) == (rung.backend == "tpu")
+
+
+def test_backends_to_do_without_are_passed_over_and_say_so(monkeypatch):
+    monkeypatch.setenv("KVCOMP_WITHOUT", "cpu,blocked")
+    (rung,) = kvc.kernels_in_use(make("int4", batch=1, num_kv_heads=2, max_len=256))
+    assert rung.backend == "reference"
+    assert rung.reasons == (("cpu", "KVCOMP_WITHOUT names it."), ("blocked", "KVCOMP_WITHOUT names it."))
+    monkeypatch.setenv("KVCOMP_WITHOUT", "numba")
+    with pytest.raises(ValueError, match="KVCOMP_WITHOUT=numba names 'numba'; known: blocked, cpu"):
+        kvc.kernels_in_use(make("int4", batch=1, num_kv_heads=2, max_len=256))
+
+
+@pytest.mark.slow
+def test_numba_reads_a_quantised_cache_on_cpu_in_a_jitted_step():
+    cache = make("int4", batch=2, num_kv_heads=3, max_len=256)
+    args = qkv(0, 2, 1, (9, 3))
+    (rung,) = kvc.kernels_in_use(cache, num_heads=9)
+    assert rung.backend == "cpu"
+    assert "kvcomp_quantized_decode" in jax.jit(kvc.decode).lower(cache, *args).as_text()

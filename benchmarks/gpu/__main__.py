@@ -15,9 +15,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch, the ba
 
 import jax
 
-from benchmarks.gpu import attention, correct, quantize, timing
-from benchmarks.gpu.plot import roofline
-from benchmarks.gpu.record import Record
+from benchmarks import attention, timing
+from benchmarks.gpu import correct, quantize
+from benchmarks.plot import roofline
+from benchmarks.record import Record
 
 _KERNELS = ("gpu", "hopper")
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import pallas_kernels
-from benchmarks.gpu.record import Record
+from benchmarks.record import Record
 from pallas_kernels.dispatch import Unsupported
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative to the largest output; a Hopper kernel computes in bfloat16

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu.record import Record
-from benchmarks.gpu.timing import interleaved, wall
+from benchmarks.record import Record
+from benchmarks.timing import interleaved, wall
 from pallas_kernels.formats import Format
 from pallas_kernels.quantize_pack import quantize_pack
 

@@ -1,4 +1,4 @@
-"""Which backends of an operation the cases run on: plain ones always, kernels in their interpreters as slow tests."""
+"""Which backends of an operation the cases run on: plain JAX always, the others as slow tests."""
 
 import importlib.util
 
@@ -14,5 +14,5 @@ def backends(operation: str) -> list:
         for name in BACKENDS
         if name != "reference" and importlib.util.find_spec(f"pallas_kernels.{operation}.{name}") is not None
     ]
-    interpreted = ("tpu", "hopper", "gpu")
-    return [pytest.param(name, marks=pytest.mark.slow) if name in interpreted else name for name in found]
+    slow = ("cpu", "tpu", "hopper", "gpu")  # compiled by Numba, seconds each, or in their interpreters
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in found]

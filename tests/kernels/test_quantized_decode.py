@@ -39,7 +39,9 @@ def assert_same_attention(got, want, tolerance):
     np.testing.assert_allclose(*lse, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["k3-token-v8-channel", "whole-head-symmetric", "positions-per-head", "bfloat16-query"])
+@pytest.mark.parametrize(
+    "name", ["k3-token-v8-channel", "whole-head-symmetric", "positions-per-head", "bfloat16-query"]
+)
 def test_shapes_are_those_of_the_arguments(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(CASES[name].shapes(), CASES[name].arguments()[0])
 

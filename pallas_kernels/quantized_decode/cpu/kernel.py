@@ -1,8 +1,8 @@
 """Decode attention of one row, KV head and share of its slots, compiled by Numba for one configuration.
 
-Online softmax over blocks of slots, as every other backend. A block's products are integer tiles (`tiles`): scales fold
-into q and p before these are rounded to 16 bits, each with a step of its own per row and group, and zero points enter by
-one product a group. What remains is linear in slots or channels alone, and LLVM vectorises it.
+Online softmax over blocks of slots, as every other backend. A block's products are integer tiles (`tiles`): scales
+fold into q and p before these are rounded to 16 bits, each with a step of its own per row and group, and zero points
+enter by one product a group. What remains is linear in slots or channels alone, and LLVM vectorises it.
 """
 
 from collections.abc import Callable

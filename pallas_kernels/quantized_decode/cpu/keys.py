@@ -101,7 +101,7 @@ def _per_channel(plan: Plan) -> tuple[Callable, Callable]:
 
 
 def _make_products(plan: Plan) -> Callable:
-    """Make `products(codes, q16, count, vectors, out)`: integer products of all queries with the units of some slots."""
+    """Make `products(codes, q16, count, vectors, out)`: integer products of all queries with units of some slots."""
     bits, dim, chunk, padded, block = plan.k_format.bits, plan.head_dim, plan.chunk, plan.padded_rows, plan.block
     tile, tokens, size = key_tile(bits, chunk, dim), unit(bits), unit_bytes(bits, dim)
 

@@ -62,7 +62,6 @@ class Plan:
         """Floats of a line: slots of a block or channels."""
         return max(self.block, self.head_dim, self.value_dim)
 
-
     @property
     def layout(self) -> Layout:
         """Division of a task's memory."""

@@ -25,8 +25,12 @@ _PAIRS = {
     8: [(t, t + 1) for t in range(0, 16, 2)],
 }
 # Which lanes of two vectors are added: neighbours within four lanes, or blocks of four lanes.
-_WITHIN = [[source + four + i for four in range(0, 16, 4) for source in (0, 16) for i in part] for part in ((0, 1), (2, 3))]
-_ACROSS = [[source + 4 * four + i for source in (0, 16) for four in part for i in range(4)] for part in ((0, 2), (1, 3))]
+_WITHIN = [
+    [source + four + i for four in range(0, 16, 4) for source in (0, 16) for i in part] for part in ((0, 1), (2, 3))
+]
+_ACROSS = [
+    [source + 4 * four + i for source in (0, 16) for four in part for i in range(4)] for part in ((0, 2), (1, 3))
+]
 
 
 def unit(bits: int) -> int:

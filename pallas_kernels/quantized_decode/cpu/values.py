@@ -61,7 +61,11 @@ def _per_channel(plan: Plan) -> Callable:
     @inlined
     def add(p, v, start, count, num_slots, memory, acc):
         codes, scale, zero_point = v
-        step, rest, total = floats(memory + layout.p_step), floats(memory + layout.p_rest), floats(memory + layout.p_sum)
+        step, rest, total = (
+            floats(memory + layout.p_step),
+            floats(memory + layout.p_rest),
+            floats(memory + layout.p_sum),
+        )
         meta, raw, p16 = floats(memory + layout.meta), floats(memory + layout.raw_values), memory + layout.p16
         line = floats(memory + layout.line)
         here = stage(codes, start, count, num_slots, memory + layout.spare)
@@ -87,7 +91,7 @@ def _per_channel(plan: Plan) -> Callable:
 
 
 def _make_sums(plan: Plan) -> Callable:
-    """Make `sums(codes, p16, units, vectors, out)`: integer sums over units of slots of 16 channels, `vectors` times."""
+    """Make `sums(codes, p16, units, vectors, out)`: sums over units of slots of 16 channels, `vectors` times."""
     bits, dim, chunk, padded, block = plan.v_format.bits, plan.value_dim, plan.chunk, plan.padded_rows, plan.block
     tile, vector_bytes = value_tile(bits, chunk, dim), LANES if bits == 8 else 4 * LANES
 

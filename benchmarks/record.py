@@ -40,7 +40,7 @@ class Record:
 
 def _versions() -> dict[str, Any]:
     versions = {}
-    for name in ("jax", "jaxlib", "jax-triton", "triton", "torch"):
+    for name in ("jax", "jaxlib", "numba", "jax-triton", "triton", "torch"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -12,21 +12,22 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu.record import Record
-from benchmarks.gpu.timing import interleaved, wall
+from benchmarks.record import Record
+from benchmarks.timing import interleaved, wall
 from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.quantized_decode import quantized_decode
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One cache: rows, tokens, KV heads, head_dim, query heads of a KV head."""
+    """One cache: rows, tokens, KV heads, head_dim, query heads of a KV head, and what the full cache is kept in."""
 
     batch: int
     tokens: int
     heads: int = 8
     dim: int = 128
     queries: int = 4
+    dtype: str = "bfloat16"
 
 
 # Most telling first; the deadline may cut the rest.
@@ -41,7 +42,7 @@ def measure(record: Record, shape: Shape, backends: Sequence[str], rounds: int, 
     programs: dict[str, Callable[[], float]] = {}
     facts: dict[str, dict] = {}
     made: dict[str, list] = {}
-    q = _noise(0, (shape.batch, shape.heads, shape.queries, shape.dim), jnp.bfloat16) * shape.dim**-0.5
+    q = _noise(0, (shape.batch, shape.heads, shape.queries, shape.dim), shape.dtype) * shape.dim**-0.5
     for name, (kind, step) in _variants(shape, backends).items():
         if record.left() < 0:
             break
@@ -82,14 +83,17 @@ def _variants(shape: Shape, backends: Sequence[str]) -> dict[str, tuple[str, Cal
     for backend in backends:
         for bits in BITS:
             variants[f"{backend}-{bits}-bits"] = (f"{bits}", _quantized_step(bits, backend))
+    full = "f32" if shape.dtype == "float32" else "bf16"
     if jax.devices()[0].platform == "gpu":
-        from benchmarks.gpu.bf16 import bf16_decode  # needs jax-triton, which a rehearsal does without
+        from benchmarks.gpu.bf16 import bf16_decode  # needs jax-triton, which others do without
 
         variants["bf16-own"] = ("heads first", _each(lambda q, cache: bf16_decode(q, *cache)))
         variants["bf16-cudnn"] = ("tokens first", _each(_jax_attention("cudnn")))
+    else:
+        variants[f"{full}-own"] = ("heads first", _each(_softmax_attention))
     if importlib.util.find_spec("torch"):
-        variants["bf16-torch-sdpa"] = ("heads first", _torch_step)
-    variants["bf16-xla"] = ("tokens first", _each(_jax_attention("xla")))
+        variants[f"{full}-torch-sdpa"] = ("heads first", _torch_step)
+    variants[f"{full}-xla"] = ("tokens first", _each(_jax_attention("xla")))
     return variants
 
 
@@ -98,7 +102,7 @@ def _cache(shape: Shape, kind: str, seed: jax.Array) -> tuple:
     rows, tokens = (shape.batch, shape.heads), shape.tokens
     if kind in ("heads first", "tokens first"):
         size = (*rows, tokens, shape.dim) if kind == "heads first" else (rows[0], tokens, rows[1], shape.dim)
-        return tuple(_noise(2 * seed + i, size, jnp.bfloat16) for i in range(2))
+        return tuple(_noise(2 * seed + i, size, shape.dtype) for i in range(2))
     bits = int(kind)
     words = (*rows, tokens if bits == 8 else tokens * bits // 32, shape.dim)
 
@@ -137,6 +141,13 @@ def _quantized_step(bits: int, backend: str) -> Callable:
     return _each(attend)
 
 
+def _softmax_attention(q, cache):
+    """Attention of grouped queries in two products, as over a full cache."""
+    k, v = cache
+    p = jax.nn.softmax(jnp.einsum("bkrd,bksd->bkrs", q, k), axis=-1)
+    return jnp.einsum("bkrs,bksd->bkrd", p, v)
+
+
 def _jax_attention(implementation: str) -> Callable:
     def attend(q, cache):
         batch, heads, queries, dim = q.shape
@@ -160,17 +171,21 @@ def _torch_step(q, caches) -> Callable[[], float]:
     import torch
 
     batch, heads, queries, dim = q.shape
-    q = torch.from_dlpack(q.reshape(batch, heads * queries, 1, dim))
+    on_gpu = jax.devices()[0].platform == "gpu"
+    if on_gpu:  # one query a head is what its split-KV kernels are for
+        q = q.reshape(batch, heads * queries, 1, dim)
+    q = torch.from_dlpack(q)
     caches = [tuple(torch.from_dlpack(x) for x in cache) for cache in caches]
     attention = torch.nn.functional.scaled_dot_product_attention
+    options = {"enable_gqa": True} if on_gpu else {}  # on CPU that flag costs 2.5 times the grouped call
 
     def run() -> float:
-        on_gpu = q.is_cuda
         if on_gpu:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        for k, v in caches:
-            attention(q, k, v, scale=1.0, enable_gqa=True)
+        with torch.inference_mode():
+            for k, v in caches:
+                attention(q, k, v, scale=1.0, **options)
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - start
