@@ -1,34 +1,57 @@
-"""A roofline: bytes of a cache against the time to attend to it, with the measured bandwidth as the floor."""
+"""Plots of a result file: attention against the memory's speed, and decode steps of a model."""
 
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+_STYLES = {"cpu": "o-", "gpu": "o-", "hopper": "D-", "blocked": "s:", "reference": "v:", "f32": "^--", "bf16": "^--"}
+
 
 def roofline(content: dict[str, Any], path: Path) -> None:
-    """Draw the attention rows of a result file."""
+    """Draw the attention rows of a result file, and its decode steps if it has any."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    steps = content.get("decode_steps", [])
+    figure, panels = plt.subplots(1, 2 if steps else 1, figsize=(13 if steps else 8, 5.5), layout="constrained",
+                                  squeeze=False, width_ratios=[3, 2] if steps else None)  # fmt: skip
+    _attention(panels[0, 0], content, plt.get_cmap("tab20"))
+    if steps:
+        _steps(panels[0, 1], steps)
+    rehearsal = " (rehearsal)" if content.get("rehearsal") else ""
+    cores = f", {content['cores']} cores" if "cores" in content else ""
+    figure.suptitle(f"{content['device']}{cores}, JAX {content['versions']['jax']}{rehearsal}")
+    figure.savefig(path, dpi=130)
+
+
+def _attention(axes: Any, content: dict[str, Any], colours: Any) -> None:
     points = defaultdict(list)
     for row in content.get("attention", []):
         if "median_s" in row:
-            points[row["variant"]].append((row["bytes"], row["median_s"]))
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    for variant, found in points.items():
-        found.sort()
-        axes.plot([x / 1e6 for x, _ in found], [y * 1e6 for _, y in found], "o-", label=variant, ms=4, lw=1)
+            points[row["variant"]].append((row["bytes"] / 1e6, row["median_s"] * 1e3))
+    for i, (variant, found) in enumerate(points.items()):
+        style = _STYLES[variant.split("-")[0]]
+        axes.plot(*zip(*sorted(found), strict=True), style, label=variant, ms=4, lw=1, color=colours(i))
     sizes = [x for found in points.values() for x, _ in found]
-    speed = content.get("bandwidth", [{}])[0].get("copy_bytes_per_s")
+    bandwidth = content.get("bandwidth", [{}])[0]
+    speed = max((bandwidth.get(f"{way}_bytes_per_s", 0) for way in ("copy", "read")), default=0)
     if sizes and speed:
         ends = [min(sizes), max(sizes)]
-        label = f"device copy, {speed / 1e12:.2f} TB/s"
-        axes.plot([x / 1e6 for x in ends], [x / speed * 1e6 for x in ends], "k--", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="cache read, MB", ylabel="time of one step, µs")
-    axes.set_title(f"Decode attention, {content['device']}" + (" (rehearsal)" if content.get("rehearsal") else ""))
+        label = f"memory at {speed / 1e9:.0f} GB/s"
+        axes.plot(ends, [x * 1e6 / speed * 1e3 for x in ends], "k-", lw=2, alpha=0.5, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="cache read, MB", ylabel="time, ms", title="Decode attention")
     axes.grid(alpha=0.3)
-    if points:
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    axes.legend(fontsize=7, ncols=2)
+
+
+def _steps(axes: Any, steps: list[dict[str, Any]]) -> None:
+    names, middle = [row["method"] for row in steps], [row["median_s"] * 1e3 for row in steps]
+    low, high = zip(*(row["quartiles_s"] for row in steps), strict=True)
+    spread = [[m - 1e3 * x for m, x in zip(middle, low, strict=True)],
+              [1e3 * x - m for m, x in zip(middle, high, strict=True)]]  # fmt: skip
+    bars = axes.barh(names, middle, xerr=spread, color="tab:blue", height=0.6, capsize=3)
+    axes.bar_label(bars, [f" {middle[0] / m:.2f}×" for m in middle], label_type="center", color="white")
+    axes.invert_yaxis()
+    axes.set(xlabel="ms a token (lower is better)", title=f"{steps[0]['model']}, {steps[0]['context']:,} tokens")
