@@ -1,5 +1,7 @@
 """A cache says which kernel reads it, for this machine and for others, and why not a better one."""
 
+import re
+
 import jax
 import pytest
 
@@ -31,6 +33,13 @@ def test_a_decode_step_traced_for_a_target_takes_its_kernel(platform):
         program = str(jax.make_jaxpr(kvc.decode)(cache, *qkv(0, 1, 1)))
         (rung,) = kvc.kernels_in_use(cache, num_heads=4)
     assert ("pallas_call" in program) == (rung.backend == "tpu")
+
+
+def test_reading_a_prompt_takes_the_kernels_of_prefill_and_quantise():
+    cache = make("int4", batch=1, num_kv_heads=2, max_len=256)
+    with compile_for(Target("tpu")):
+        program = str(jax.make_jaxpr(kvc.prefill)(cache, *qkv(0, 1, 256)))
+    assert {"name=prefill_tpu", "name=quantize_pack"} <= set(re.findall(r"name=\w+", program))
 
 
 def test_backends_to_do_without_are_passed_over_and_say_so(monkeypatch):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -32,11 +33,12 @@ def record(device_name: str, program: Program) -> dict[str, Any]:
     }
     start = time.perf_counter()
     try:
-        with compiling(DEVICES[device_name]) as place:
+        with tempfile.TemporaryDirectory() as dump, compiling(DEVICES[device_name]) as place:
+            os.environ.update(MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTX="1")
             function, shapes = program.make()
             lowered = function.lower(*place(shapes))
             compiled = lowered.compile()
-        figures = _gpu_figures(lowered) if device_name == "h200" else {}
+            figures = _gpu_figures(lowered, dump) if device_name == "h200" else {}
     except Exception as error:
         return {**found, "error": f"{type(error).__name__}: {error}"[:2000]}
     text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -55,12 +57,11 @@ def record(device_name: str, program: Program) -> dict[str, Any]:
 _KERNEL_CALL = r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*|triton_kernel_call)"'
 
 
-def _gpu_figures(lowered: Any) -> dict[str, int]:
+def _gpu_figures(lowered: Any, dump: str) -> dict[str, int]:
     """The worst of a program's kernels, Triton's from the program and Mosaic's from the folder they are dumped to."""
     from benchmarks.aot.ptx import kernel_figures
 
-    folder = os.environ.get("MOSAIC_GPU_DUMP_TO", "")
-    kernels = [*kernel_figures(lowered).values(), *(kernel_figures(folder).values() if folder else ())]
+    kernels = [*kernel_figures(lowered).values(), *kernel_figures(dump).values()]
     if not kernels:
         return {}
     return {name: max(kernel[name] for kernel in kernels) for name in ("registers", "spills", "shared_bytes")}

@@ -135,6 +135,9 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _tool(name: str) -> str:
+    """A tool of the CUDA packages that JAX brings, else of Triton's: an older one does not know Mosaic's PTX."""
+    import nvidia
     import triton.backends.nvidia
 
-    return str(Path(triton.backends.nvidia.__path__[0], "bin", name))
+    folders = [*(Path(root, "cu13", "bin") for root in nvidia.__path__), Path(triton.backends.nvidia.__path__[0], "bin")]
+    return str(next(folder / name for folder in folders if (folder / name).exists()))
