@@ -1,6 +1,8 @@
 """Public functions of quantisation: checks and dispatch."""
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import checkify
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats import Format, Quantized
@@ -13,6 +15,9 @@ def quantize_pack(
 ) -> Quantized:
     """Quantise rows to packed codes with a scale and zero point a group, in one pass over x.
 
+    Values must be finite: codes of a group with NaN or infinities mean nothing. Under `jax.experimental.checkify` they
+    are an error; otherwise nothing looks.
+
     Args:
       x: [*b, S, D], f32 or bf16. S a multiple of the tokens that share words and, per channel, of `group_size`.
       fmt: Bits, axis and group size.
@@ -23,6 +28,7 @@ def quantize_pack(
       ValueError: If `fmt` does not divide x.
     """
     check_groups(x, fmt)
+    checkify.debug_check(jnp.isfinite(x).all(), "quantize_pack got values that are not finite; they have no codes.")
     return dispatch.call("quantize_pack", implementation, x, fmt, interpret=interpret)
 
 
