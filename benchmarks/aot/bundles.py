@@ -1,7 +1,7 @@
 """What the TPU compiler scheduled: instruction bundles of a kernel's loops and its vector memory.
 
-Works on the text that `LIBTPU_INIT_ARGS="--xla_jf_dump_to=FOLDER --xla_jf_dump_llo_text=true"` leaves. A core starts one
-bundle a cycle, so the bundles of a loop's body are the fewest cycles it can take; waits on memory come on top.
+Works on what `LIBTPU_INIT_ARGS="--xla_jf_dump_to=FOLDER --xla_jf_dump_llo_text=true"` leaves. A core starts one bundle
+a cycle, so the bundles of a loop's body are the fewest cycles it can take; waits on memory come on top.
 """
 
 import re

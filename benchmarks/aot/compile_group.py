@@ -4,12 +4,16 @@ A compiler that dies takes its process with it; whoever started this one sees wh
 """
 
 import json
+import math
 import os
 import re
 import sys
 import tempfile
 import time
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from benchmarks.aot.programs import Program, programs
 from benchmarks.aot.targets import DEVICES, compiling
@@ -50,11 +54,34 @@ def record(device_name: str, program: Program) -> dict[str, Any]:
         "aliased_bytes": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "kernels": len(re.findall(_KERNEL_CALL, text)),
+        "reads_codes": bool(_codes(shapes)),
+        "decoded": decoded_arrays(text, shapes),
         **figures,
     }
 
 
 _KERNEL_CALL = r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*|triton_kernel_call)"'
+
+
+def _codes(shapes: Any) -> list[jax.ShapeDtypeStruct]:
+    return [x for x in jax.tree.leaves(shapes) if jnp.issubdtype(x.dtype, jnp.unsignedinteger)]
+
+
+def decoded_arrays(text: str, shapes: Any) -> list[str]:
+    """Float arrays of a compiled program that could be a decoded cache: as many values as an argument has codes.
+
+    Temporary bytes do not tell: on TPU they count caches that are fetched to VMEM ahead of their use, still packed.
+    """
+    codes = _codes(shapes)
+    if not codes:
+        return []
+    fewest = max(x.size * (4 if x.dtype == jnp.uint32 else 1) for x in codes)  # a word holds four codes or more
+    given = set(re.findall(r"= (\w+\[[\d,]+\])\S* parameter\(", text))
+    found = set()
+    for computation in re.split(r"\n(?=%|ENTRY)", text):
+        if not computation.startswith("%fused_computation"):  # values inside a fusion are never stored
+            found |= set(re.findall(r"= ((?:f32|bf16|f16)\[[\d,]+\])", computation))
+    return sorted(x for x in found - given if math.prod(map(int, x[x.index("[") + 1 : -1].split(","))) >= fewest)
 
 
 def _gpu_figures(lowered: Any, dump: str) -> dict[str, int]:

@@ -139,5 +139,8 @@ def _tool(name: str) -> str:
     import nvidia
     import triton.backends.nvidia
 
-    folders = [*(Path(root, "cu13", "bin") for root in nvidia.__path__), Path(triton.backends.nvidia.__path__[0], "bin")]
+    folders = [
+        *(Path(root, "cu13", "bin") for root in nvidia.__path__),
+        Path(triton.backends.nvidia.__path__[0], "bin"),
+    ]
     return str(next(folder / name for folder in folders if (folder / name).exists()))

@@ -25,7 +25,10 @@ from experiments.cli import environment, run
 from pallas_kernels.quantized_decode.block_sizes import tpu_sizes
 from pallas_kernels.quantized_decode.cases import SERVING
 
-CHIPS = {"v5e": (0.82e12, 1.5e9), "v6e": (1.64e12, 1.75e9)}  # bytes a second, cycles a second; from their makers' sheets
+CHIPS = {
+    "v5e": (0.82e12, 1.5e9),
+    "v6e": (1.64e12, 1.75e9),
+}  # bytes a second, cycles a second; from their makers' sheets
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.hadamard.block_sizes import TPU_ROWS
 from pallas_kernels.hadamard.matrix import hadamard_matrix
+from pallas_kernels.quantize_pack import tpu as quantize_tpu
 
 _LANES = 128
 
@@ -38,17 +40,30 @@ def hadamard(x: jax.Array, *, interpret: bool = False) -> jax.Array:
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name="hadamard",
-    )(rows, jnp.asarray(hadamard_matrix(dim), jnp.bfloat16))
+    )(rows, _matrix(dim))
     return (out.swapaxes(1, 2) if columns else out).reshape(x.shape)
+
+
+def rotate_quantize_pack(x: jax.Array, fmt: Format, *, interpret: bool = False) -> Quantized:
+    """See `api.rotate_quantize_pack`."""
+    return quantize_tpu.quantize_pack(x, fmt, interpret=interpret, first=(_rotated, _matrix(x.shape[-1])))
+
+
+def _matrix(dim: int) -> jax.Array:
+    return jnp.asarray(hadamard_matrix(dim), jnp.bfloat16)
 
 
 def _kernel(x_ref, matrix_ref, out_ref, *, columns: bool):
     """Rotate one block of rows, or of columns."""  # refs: [N, D] or [D, N], [D, D] -> as the first
-    rest, matrix = x_ref[...], matrix_ref[...]
+    out_ref[...] = _rotated(x_ref[...], matrix_ref[...], columns).astype(out_ref.dtype)
+
+
+def _rotated(rest: jax.Array, matrix: jax.Array, columns: bool) -> jax.Array:
+    """Rows [N, D], or columns [D, N], rotated by matrix [D, D], in float32."""
     total = jnp.zeros(rest.shape, jnp.float32)
     for _ in range(1 if rest.dtype == jnp.bfloat16 else 3):
         part = rest.astype(jnp.bfloat16)
         operands = (matrix, part) if columns else (part, matrix)
         total += jnp.dot(*operands, preferred_element_type=jnp.float32)
         rest = rest - part.astype(rest.dtype)
-    out_ref[...] = (total * matrix.shape[0] ** -0.5).astype(out_ref.dtype)
+    return total * matrix.shape[0] ** -0.5

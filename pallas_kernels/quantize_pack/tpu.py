@@ -4,6 +4,7 @@ A block is turned so that a group runs along sublanes, whichever axis it covers:
 elementwise over registers. Codes are turned so that tokens run along sublanes and are packed by strided reads.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -27,9 +28,15 @@ from pallas_kernels.tpu_rows import (
     tokens_along_lanes,
 )
 
+First = tuple[Callable[[jax.Array, jax.Array, bool], jax.Array], jax.Array]
 
-def quantize_pack(x: jax.Array, fmt: Format, *, interpret: bool = False) -> Quantized:
-    """See `api.quantize_pack`."""
+
+def quantize_pack(x: jax.Array, fmt: Format, *, interpret: bool = False, first: First | None = None) -> Quantized:
+    """See `api.quantize_pack`.
+
+    `first` is what happens to x before: a function of a block (rows, or columns where the last argument says so) and a
+    matrix that every block sees, and that matrix.
+    """
     *b, num_slots, dim = x.shape
     if fmt.group_size % SUBLANES:
         raise Unsupported(f"quantize_pack/tpu needs group_size % {SUBLANES} == 0, got {fmt.group_size}.")
@@ -60,16 +67,16 @@ def quantize_pack(x: jax.Array, fmt: Format, *, interpret: bool = False) -> Quan
     outputs = [codes, metadata] if fmt.symmetric else [codes, metadata, metadata]
     rows = block if fmt.bits == 8 else block * fmt.bits // 32
     packed, *parts = pl.pallas_call(
-        partial(_kernel, fmt=fmt, turned=turned),
+        partial(_kernel, fmt=fmt, turned=turned, first=first and first[0]),
         grid=(x.shape[0], pl.cdiv(num_slots, block)),
-        in_specs=[spec(block, dim, turned)],
+        in_specs=[spec(block, dim, turned), first and pl.BlockSpec(first[1].shape, lambda n, j: (0, 0))],
         out_specs=[spec for spec, _ in outputs],
         out_shape=[shape for _, shape in outputs],
         scratch_shapes=[pltpu.VMEM((n, min(dim, LANES)), jnp.uint32) for n in (block, rows)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=64 * 2**20),
         interpret=interpret,
         name="quantize_pack",
-    )(x.swapaxes(1, 2) if turned else x)
+    )(x.swapaxes(1, 2) if turned else x, first and first[1])
 
     def whole(part: jax.Array, tokens_last: bool) -> jax.Array:
         part = part.swapaxes(1, 2) if tokens_last else part
@@ -79,10 +86,11 @@ def quantize_pack(x: jax.Array, fmt: Format, *, interpret: bool = False) -> Quan
     return Quantized(whole(packed, turned), scale, zero_point[0] if zero_point else None)
 
 
-def _kernel(x_ref, codes_ref, scale_ref, *rest, fmt: Format, turned: bool):  # [P, D] or, `turned`, [D, P]
-    """Quantise one block."""
+def _kernel(x_ref, matrix_ref, codes_ref, scale_ref, *rest, fmt: Format, turned: bool, first: Callable | None):
+    """Quantise one block."""  # [P, D] or, `turned`, [D, P]
     *zero_ref, codes_scratch, words_scratch = rest
-    x, per_token = x_ref[...].astype(jnp.float32), fmt.axis == "token"
+    x = first(x_ref[...], matrix_ref[...], turned) if first else x_ref[...].astype(jnp.float32)
+    per_token = fmt.axis == "token"
     x = x if turned == per_token else x.T  # [D, P] per token, [P, D] per channel
     groups = x.reshape(x.shape[0] // fmt.group_size, fmt.group_size, x.shape[1])
     scale, zero_point = _fit(groups, fmt)
