@@ -27,8 +27,10 @@ def tokens_along_lanes(dim: int) -> bool:
     return dim % LANES != 0
 
 
-def block_step(dim: int, fmt: Format) -> int:
+def block_step(dim: int, fmt: Format | None) -> int:
     """Tokens at which rows of codes and of metadata are whole tiles of registers, whichever axis lies along lanes."""
+    if fmt is None:  # dense
+        return 2 * LANES
     along_lanes = tokens_along_lanes(dim)
     words = LANES * 32 // math.gcd(fmt.bits, 32) if along_lanes and fmt.bits < 8 else 2 * LANES
     return math.lcm(words, fmt.group_size * (LANES if along_lanes else 16) if fmt.axis == "channel" else 1)
@@ -37,6 +39,11 @@ def block_step(dim: int, fmt: Format) -> int:
 def repeat_lanes(x: jax.Array, width: int) -> jax.Array:
     """[R, 128] with equal lanes -> [R, width]."""
     return jnp.tile(x, (1, pl.cdiv(width, LANES)))[:, :width]
+
+
+def fold_lanes(x: jax.Array) -> jax.Array:
+    """[R, T] -> [R, 128] with the same sum."""
+    return sum((x[:, i : i + LANES] for i in range(LANES, x.shape[1], LANES)), start=x[:, :LANES])
 
 
 def float_of_half(bits: jax.Array, *, positive: bool = False) -> jax.Array:
@@ -76,7 +83,9 @@ def metadata_value(x: jax.Array, *, positive: bool = False) -> jax.Array:
 
 
 def biased_codes(words: jax.Array, bits: int) -> jax.Array:
-    """Codes of consecutive tokens, plus `CODE_BIAS[bits]`, in the order of `tokens_of_lanes`: bf16[T, D].
+    """Codes of consecutive tokens, plus `CODE_BIAS[bits]`: bf16[T, D] in the order of `tokens_of_lanes(_, 16 // bits)`.
+
+    At 8 bits they are in order.
 
     Args:
       words: u32[n, D] of 128 tokens at 2 or 4 bits, or any number of tokens at 8.
@@ -93,24 +102,34 @@ def biased_codes(words: jax.Array, bits: int) -> jax.Array:
     return jnp.concatenate([pltpu.bitcast((pair & mask) | exponent, jnp.bfloat16) for pair in shifted])
 
 
-def tokens_of_lanes(lane: jax.Array, bits: int) -> jax.Array:
-    """Which token of 128 stands at `lane` after `biased_codes`: place i of half h of word r comes at (i, r, h)."""
+def int8_codes(words: jax.Array, bits: int) -> jax.Array:
+    """Codes of consecutive tokens in the order of `tokens_of_lanes(_, 8 // bits)`, 128 taken off at 8 bits: i8[T, D].
+
+    Args: as in `biased_codes`.
+    """
     if bits == 8:
+        return pltpu.bitcast(words ^ jnp.uint32(0x80808080), jnp.int8)
+    mask = jnp.uint32(0x01010101 * (2**bits - 1))
+    return jnp.concatenate([pltpu.bitcast((words >> shift) & mask, jnp.int8) for shift in range(0, 8, bits)])
+
+
+def tokens_of_lanes(lane: jax.Array, places: int) -> jax.Array:
+    """Which token of 128 stands at `lane` after codes were unpacked: place i of part n of the words comes at (i, n).
+
+    A part, of 16 bits or 8, holds `places` codes; with one code a part tokens are in order.
+    """
+    if places == 1:
         return lane
-    places, words = 16 // bits, 128 * bits // 32
-    chunk, i, r, h = lane & -128, (lane & 127) // (2 * words), (lane // 2) % words, lane & 1
-    return chunk + (2 * r + h) * places + i
+    parts = LANES // places
+    return (lane & -LANES) + (lane % parts) * places + (lane % LANES) // parts
 
 
 def order_of(have: int, want: int) -> Callable[[jax.Array], jax.Array]:
-    """Source lanes for `permute_lanes` that bring the order of `have` bits into that of `want`; 8 is by token."""
+    """Source lanes for `permute_lanes` that bring the order of `have` places into that of `want`."""
 
     def source(lane: jax.Array) -> jax.Array:
         token = tokens_of_lanes(lane, want)
-        if have == 8:
-            return token
-        places, words = 16 // have, 128 * have // 32
-        return (token % places) * (2 * words) + token // places
+        return (token % have) * (LANES // have) + token // have
 
     return source
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import rows, softmax_state
 from pallas_kernels.formats import Format, Quantized
-from pallas_kernels.homomorphic_decode.partitions import centre, to_int8, zero_point
+from pallas_kernels.homomorphic_decode.partitions import block_diagonal, centre, split, to_int8, zero_point
 from pallas_kernels.packing import unpack
 from pallas_kernels.prefill.reference import capped
 
@@ -30,7 +30,7 @@ def homomorphic_decode(
     block = rows.block_size(slots, k_format, v_format)
 
     def one_head(b: jax.Array, h: jax.Array) -> softmax_state.State:
-        queries = to_int8(_partitions(q[b, h].astype(jnp.float32), k_format))  # [G, R, g], [G, R, 1] twice
+        queries = to_int8(split(q[b, h].astype(jnp.float32), k_format.group_size))  # [G, R, g], [G, R, 1] twice
 
         def step(first: jax.Array, live: jax.Array, state: softmax_state.State) -> softmax_state.State:
             keys, values, ks, vs = (rows.cut(x, b, h, first, block, slots) for x in (k, v, k_sums, v_sums))
@@ -46,7 +46,7 @@ def homomorphic_decode(
 def _dot(queries: tuple[jax.Array, ...], k: Quantized, sums: jax.Array, fmt: Format) -> jax.Array:
     """Logits f32[R, P] of 8-bit queries and the keys of a block."""
     partitions, num_queries, _ = queries[0].shape
-    spread, codes = _block_diagonal(queries[0]), _signed(k, fmt)  # i8[G * R, D], i8[P, D]
+    spread, codes = block_diagonal(queries[0]), _signed(k, fmt)  # i8[G * R, D], i8[P, D]
     integers = jnp.einsum("ni,pi->np", spread, codes, preferred_element_type=jnp.int32)
     metadata = [x.T[:, None] for x in _metadata(k, sums, fmt)]  # [G, 1, P]
     return _expanded(integers.reshape(partitions, num_queries, -1), queries, metadata)
@@ -54,7 +54,7 @@ def _dot(queries: tuple[jax.Array, ...], k: Quantized, sums: jax.Array, fmt: For
 
 def _mix(p: jax.Array, v: Quantized, sums: jax.Array, fmt: Format) -> jax.Array:
     """p . V f32[R, D] of a block, with p f32[R, P] rounded to 8 bits."""
-    rounded = to_int8(_partitions(p, fmt))  # [N, R, g], ...
+    rounded = to_int8(split(p, fmt.group_size))  # [N, R, g], ...
     integers = jnp.einsum("nri,nid->nrd", rounded[0], fmt.split(_signed(v, fmt)), preferred_element_type=jnp.int32)
     return _expanded(integers, rounded, [x[:, None] for x in _metadata(v, sums, fmt)])  # metadata [N, 1, D]
 
@@ -69,13 +69,6 @@ def _expanded(integers: jax.Array, a: tuple[jax.Array, ...], metadata: list[jax.
     return (by_scale * scale + by_offset * offset).sum(0)
 
 
-def _block_diagonal(codes: jax.Array) -> jax.Array:
-    """[G, R, g] -> [G * R, G * g], zero outside a row's own partition: one plain product beats G small ones 4 times."""
-    partitions, num_queries, size = codes.shape
-    own = jnp.eye(partitions, dtype=codes.dtype)[:, None, :, None]
-    return (codes[:, :, None] * own).reshape(partitions * num_queries, partitions * size)
-
-
 def _metadata(enc: Quantized, sums: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scale, offset and code sums of `_signed` codes, in float32."""
     scale, middle = enc.scale.astype(jnp.float32), centre(fmt)
@@ -86,8 +79,3 @@ def _metadata(enc: Quantized, sums: jax.Array, fmt: Format) -> tuple[jax.Array, 
 def _signed(enc: Quantized, fmt: Format) -> jax.Array:
     """Codes i8[P, D] of a block."""
     return (unpack(enc.codes, fmt.bits).astype(jnp.int32) - centre(fmt)).astype(jnp.int8)
-
-
-def _partitions(x: jax.Array, fmt: Format) -> jax.Array:
-    """[R, G * g] -> [G, R, g]."""
-    return x.reshape(x.shape[0], -1, fmt.group_size).swapaxes(0, 1)

@@ -1,6 +1,9 @@
 """The cases that every backend is checked with: interpreted, compiled ahead of time and on hardware."""
 
 import dataclasses
+import functools
+
+import jax
 
 from pallas_kernels.homomorphic_decode.partitions import code_sums
 from pallas_kernels.quantized_decode import cases as quantized
@@ -15,6 +18,15 @@ class Case(quantized.Case):
         """Positional and keyword arguments of `homomorphic_decode`."""
         (q, k, v, *rest), options = super().arguments(seed)
         return (q, k, v, code_sums(k, self.k_format), code_sums(v, self.v_format), *rest), options
+
+    def shapes(self) -> tuple:
+        """The positional arguments as ShapeDtypeStructs."""
+        q, k, v, *rest = super().shapes()
+        k_sums, v_sums = (
+            jax.eval_shape(functools.partial(code_sums, fmt=fmt), x)
+            for x, fmt in ((k, self.k_format), (v, self.v_format))
+        )
+        return q, k, v, k_sums, v_sums, *rest
 
 
 CASES = {

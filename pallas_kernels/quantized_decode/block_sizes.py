@@ -19,14 +19,17 @@ _TPU_BLOCK, _TPU_LEAST_BLOCK = 8192, 2048
 _TPU_TILE = 2048  # tokens of one step of online softmax: its latency is paid once a tile
 
 
-def tpu_sizes(num_slots: int, dim: int, k_format: Format, v_format: Format) -> tuple[int, int]:
-    """Tokens of a block and of a tile, which divides it; both a whole number of groups."""
-    formats = (k_format, v_format)
-    groups = [fmt.group_size for fmt in formats if fmt.axis == "channel"]
+def tpu_sizes(num_slots: int, *sides: tuple[int, Format | None], most: int = _TPU_BLOCK) -> tuple[int, int]:
+    """Tokens of a block, at `most` if it can be, and of a tile, which divides it; both a whole number of groups.
+
+    Args:
+      sides: Last axis and format of the rows of K and V; no format is dense.
+    """
+    groups = [fmt.group_size for _, fmt in sides if fmt is not None and fmt.axis == "channel"]
     smallest = math.lcm(256, *groups)  # 256 tokens are 8 rows of registers of a plane of 1 bit
     tile = smallest * max(1, min(_TPU_TILE, num_slots, *(128 * g for g in groups)) // smallest)
-    step = math.lcm(tile, *(block_step(dim, fmt) for fmt in formats))
-    block = min(_TPU_BLOCK, max(_TPU_LEAST_BLOCK, num_slots // 4), num_slots)
+    step = math.lcm(tile, *(block_step(dim, fmt) for dim, fmt in sides))
+    block = min(most, max(_TPU_LEAST_BLOCK, num_slots // 4), num_slots)
     return step * max(1, block // step), tile
 
 

@@ -20,6 +20,7 @@ from pallas_kernels.tpu_rows import (
     CODE_BIAS,
     LANES,
     biased_codes,
+    fold_lanes,
     metadata_in,
     metadata_value,
     order_of,
@@ -62,26 +63,42 @@ class Side:
 
     @property
     def held_bits(self) -> int:
-        """Bits between codes by the time they are unpacked; their order among 128 tokens follows."""
+        """Bits between codes by the time they are unpacked."""
         return 4 if self.fmt.bits == 3 else self.fmt.bits
+
+    @property
+    def places(self) -> int:
+        """What their order among 128 tokens follows from, see `tokens_of_lanes`."""
+        return 1 if self.held_bits == 8 else 16 // self.held_bits
+
+    @property
+    def bias(self) -> int:
+        """What unpacked codes are too large by."""
+        return CODE_BIAS[self.held_bits]
 
     def arrays(self, x: Quantized) -> Quantized:
         """Views of the arrays as the kernel reads them; none is a copy in the layouts that XLA chooses."""
-        turn_metadata = self.per_token or self.transposed
-        codes, *metadata = (x.codes, *(None if part is None else metadata_in(part) for part in x[1:]))
-        codes = codes.swapaxes(-1, -2) if self.transposed else codes
-        return Quantized(codes, *jax.tree.map(lambda m: m.swapaxes(-1, -2) if turn_metadata else m, metadata))
+        codes = x.codes.swapaxes(-1, -2) if self.transposed else x.codes
+        return Quantized(codes, *(None if part is None else self.metadata_array(part) for part in x[1:]))
+
+    def metadata_array(self, x: jax.Array) -> jax.Array:
+        """The view of an array shaped as the scales."""
+        x = metadata_in(x)
+        return x.swapaxes(-1, -2) if self.per_token or self.transposed else x
 
     def specs(self, x: Quantized, block_of) -> Quantized:
         """Blocks of arrays [B, K, ...] of `arrays`, walked along tokens by `block_of(row, step, length)`."""
-        rows, groups = self._rows(self.block), self.block // self.fmt.group_size
-        codes = _spec((self.dim, rows) if self.transposed else (rows, self.dim), self.transposed, block_of)
-        if self.per_token:
-            metadata = _spec((self.dim // self.fmt.group_size, self.block), True, block_of)
-        else:
-            shape = (self.dim, groups) if self.transposed else (groups, self.dim)
-            metadata = _spec(shape, self.transposed, block_of)
+        rows, metadata = self._rows(self.block), self.metadata_spec(block_of)
+        codes = block_spec((self.dim, rows) if self.transposed else (rows, self.dim), self.transposed, block_of)
         return Quantized(codes, metadata, None if x.zero_point is None else metadata)
+
+    def metadata_spec(self, block_of) -> pl.BlockSpec:
+        """Blocks of a `metadata_array`."""
+        if self.per_token:
+            return block_spec((self.dim // self.fmt.group_size, self.block), True, block_of)
+        groups = self.block // self.fmt.group_size
+        shape = (self.dim, groups) if self.transposed else (groups, self.dim)
+        return block_spec(shape, self.transposed, block_of)
 
     def scratch(self, num_queries: int = 0) -> Scratch:
         """Memory for one block; of keys with `num_queries`."""
@@ -101,16 +118,16 @@ class Side:
     def prepare(self, x: Quantized, scratch: Scratch, live, q: jax.Array | None = None) -> None:
         """Make a block ready of which `live` tokens count: decode scales per channel, turn words if need be."""
         if scratch.scale is not None and scratch.offset is not None:
-            scale, offset = self._metadata(x, slice(None))
+            scale, offset = self.metadata(x, slice(None))
             if self.transposed:
                 scale, offset = scale.T, offset.T
             token = lax.broadcasted_iota(jnp.int32, scale.shape, 0) * self.fmt.group_size
-            scratch.scale[...], scratch.offset[...] = (_finite(m, token < live, x.scale.dtype) for m in (scale, offset))
+            scratch.scale[...], scratch.offset[...] = (finite(m, token < live, x.scale.dtype) for m in (scale, offset))
         if scratch.correction is not None:
             groups = self.tile // self.fmt.group_size
             for i in range(self.block // self.tile):
                 offset = scratch.offset[i * groups : (i + 1) * groups]
-                scratch.correction[i, :, :groups] = _dot(q, offset, 1)
+                scratch.correction[i, :, :groups] = dot(q, offset, 1)
         if scratch.codes is not None:
             words = x.codes[...]
             turned = words.astype(jnp.int32).T if self.fmt.bits == 8 else lax.bitcast_convert_type(words, jnp.int32).T
@@ -118,12 +135,12 @@ class Side:
 
     def read(self, x: Quantized, scratch: Scratch, i, live, dtype) -> "Tile":
         """Tile i of a block of which `live` tokens count."""
-        codes = self._codes(x, scratch, i, dtype)
+        codes = self.codes_of(x, scratch, i, dtype)
         if not self.per_token:
             return Tile(self, codes, scratch.scale, scratch.offset, scratch.correction, i)
-        scale, offset = self._metadata(x, pl.ds(pl.multiple_of(i * self.tile, LANES), self.tile))
+        scale, offset = self.metadata(x, pl.ds(pl.multiple_of(i * self.tile, LANES), self.tile))
         token = i * self.tile + lax.broadcasted_iota(jnp.int32, scale.shape, 1)
-        metadata = (self._in_order(_finite(m, token < live, x.scale.dtype)) for m in (scale, offset))
+        metadata = (self.in_order(finite(m, token < live, x.scale.dtype)) for m in (scale, offset))
         return Tile(self, codes, *metadata, None, i)
 
     def zero_mix(self, num_rows: int) -> tuple[jax.Array, ...]:
@@ -151,27 +168,31 @@ class Side:
     def _rows(self, tokens: int) -> int:
         return tokens if self.fmt.bits == 8 else tokens * self.fmt.bits // 32
 
-    def _metadata(self, x: Quantized, lanes) -> tuple[jax.Array, jax.Array]:
+    def metadata(self, x: Quantized, lanes) -> tuple[jax.Array, jax.Array]:
         """Scale and offset, f32: x ~ biased code * scale + offset."""
-        scale, bias = metadata_value(x.scale[:, lanes], positive=True), CODE_BIAS[self.held_bits]
+        scale, bias = metadata_value(x.scale[:, lanes], positive=True), self.bias
         if x.zero_point is None:
             return scale, scale * float(-bias - self.fmt.num_levels // 2)
         return scale, metadata_value(x.zero_point[:, lanes]) - scale * float(bias)
 
-    def _in_order(self, x: jax.Array) -> jax.Array:
+    def in_order(self, x: jax.Array) -> jax.Array:
         """[G, T] by token -> by lane."""
-        return x if self.held_bits == 8 else permute_lanes(x, order_of(8, self.held_bits))
+        return x if self.places == 1 else permute_lanes(x, order_of(1, self.places))
 
-    def _codes(self, x: Quantized, scratch: Scratch, i, dtype) -> jax.Array:
+    def unpacked(self, words: jax.Array, bits: int) -> jax.Array:
+        """Codes of 128 tokens, or of any number at 8 bits, plus `bias`."""
+        return biased_codes(words, bits)
+
+    def codes_of(self, x: Quantized, scratch: Scratch, i, dtype) -> jax.Array:
         """Biased codes of tile i in the order of `tokens_of_lanes`: [T, D]."""
         ref, rows = x.codes if scratch.codes is None else scratch.codes, self._rows(self.tile)
         words = ref[pl.ds(pl.multiple_of(i * rows, rows), rows), :]
         if scratch.three is not None:
             words = words_of_three(words, *scratch.three)
         if self.fmt.bits == 8:
-            return biased_codes(pltpu.bitcast(words, jnp.uint32), 8).astype(dtype)
+            return self.unpacked(pltpu.bitcast(words, jnp.uint32), 8).astype(dtype)
         size = LANES * self.held_bits // 32
-        chunks = [biased_codes(words[first : first + size], self.held_bits) for first in range(0, len(words), size)]
+        chunks = [self.unpacked(words[first : first + size], self.held_bits) for first in range(0, len(words), size)]
         return jnp.concatenate(chunks).astype(dtype)
 
 
@@ -197,7 +218,7 @@ class Tile:
     def _dot_per_token(self, q: jax.Array) -> jax.Array:
         num_rows = q.shape[0]
         stacked = jnp.concatenate([jnp.where(mine, q, 0.0) for mine in self.side.channels(q.shape)])
-        products = _dot(stacked.astype(self.codes.dtype), self.codes, 1)  # [G * R, T]
+        products = dot(stacked.astype(self.codes.dtype), self.codes, 1)  # [G * R, T]
         sums = stacked.sum(1, keepdims=True)
         logits = jnp.zeros((num_rows, self.side.tile), jnp.float32)
         for g in range(self.scale.shape[0]):
@@ -210,7 +231,7 @@ class Tile:
         correction = self.correction[self.index]  # [R, 128]
         for first, groups in self._chunks():
             scaled = jnp.concatenate([q * self._of_group(self.scale, g) for g in groups]).astype(self.codes.dtype)
-            products = _dot(scaled, self.codes[first : first + LANES], 1)  # [groups * R, 128]
+            products = dot(scaled, self.codes[first : first + LANES], 1)  # [groups * R, 128]
             logits, token = products[:num_rows], self._token(q.shape[0])
             for n, g in enumerate(groups[1:], 1):
                 starts = g * self.side.fmt.group_size - first
@@ -225,7 +246,7 @@ class Tile:
         scaled = jnp.concatenate([p * self.scale[g : g + 1] for g in groups]).astype(self.codes.dtype)
         shifts = jnp.concatenate([fold_lanes(p * self.offset[g : g + 1]) for g in groups])
         products, shifted = sums
-        products = products * repeat_lanes(stacked, self.side.dim) + _dot(scaled, self.codes, 0)
+        products = products * repeat_lanes(stacked, self.side.dim) + dot(scaled, self.codes, 0)
         return products, shifted * stacked + shifts
 
     def _mix_per_channel(self, keep: jax.Array, sums: tuple[jax.Array, ...], p: jax.Array) -> tuple[jax.Array, ...]:
@@ -235,7 +256,7 @@ class Tile:
             bounds = [(g * size - first, (g + 1) * size - first) for g in groups]
             own = [jnp.where((token >= start) & (token < stop), part, 0.0) for start, stop in bounds]
             stacked = jnp.concatenate(own).astype(self.codes.dtype)
-            products = _dot(stacked, self.codes[first : first + LANES], 0)  # [groups * R, D]
+            products = dot(stacked, self.codes[first : first + LANES], 0)  # [groups * R, D]
             for n, g in enumerate(groups):
                 total += products[n * num_rows : (n + 1) * num_rows] * self._of_group(self.scale, g)
                 total += own[n].sum(1, keepdims=True) * self._of_group(self.offset, g)
@@ -251,24 +272,21 @@ class Tile:
 
     def _token(self, num_rows: int) -> jax.Array:
         """Token of each lane of a chunk: i32[R, 128]."""
-        return tokens_of_lanes(lax.broadcasted_iota(jnp.int32, (num_rows, LANES), 1), self.side.held_bits)
+        return tokens_of_lanes(lax.broadcasted_iota(jnp.int32, (num_rows, LANES), 1), self.side.places)
 
     def _of_group(self, metadata: jax.Array, group: int) -> jax.Array:
         """Per channel: row of `metadata` for a group of the tile, f32[1, D]."""
         return metadata[pl.ds(self.index * (self.side.tile // self.side.fmt.group_size) + group, 1), :]
 
 
-def fold_lanes(x: jax.Array) -> jax.Array:
-    """[R, T] -> [R, 128] with the same sum."""
-    return sum((x[:, i : i + LANES] for i in range(LANES, x.shape[1], LANES)), start=x[:, :LANES])
-
-
-def _finite(x: jax.Array, live: jax.Array, stored: jax.typing.DTypeLike) -> jax.Array:
+def finite(x: jax.Array, live: jax.Array, stored: jax.typing.DTypeLike) -> jax.Array:
     """Zero what lies beyond the live tokens, where floats may be NaN; half floats are decoded to finite numbers."""
     return x if stored == jnp.int16 else jnp.where(live, x, 0.0)
 
 
-def _spec(shape: tuple[int, int], tokens_last: bool, block_of) -> pl.BlockSpec:
+def block_spec(shape: tuple[int, int], tokens_last: bool, block_of) -> pl.BlockSpec:
+    """Blocks of an array [B, K, ...] along its last axis, or the one before."""
+
     def index(b, h, j, length):
         step = block_of(b, j, length)
         return (b, h, 0, step) if tokens_last else (b, h, step, 0)
@@ -276,7 +294,7 @@ def _spec(shape: tuple[int, int], tokens_last: bool, block_of) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *shape), index)
 
 
-def _dot(left: jax.Array, right: jax.Array, axis: int) -> jax.Array:
+def dot(left: jax.Array, right: jax.Array, axis: int) -> jax.Array:
     """Contract the last axis of `left` with `axis` of `right`, exactly if they are float32."""
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     dims = (((1,), (axis,)), ((), ()))
