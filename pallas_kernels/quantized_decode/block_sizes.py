@@ -31,6 +31,7 @@ def tpu_sizes(num_slots: int, dim: int, k_format: Format, v_format: Format) -> t
 
 
 KEY_CHANNELS = VALUE_CHANNELS = 64  # that the Triton kernel works on at a time
+PAGED_KEY_CHANNELS = 32  # of selected pages, whose addresses take registers
 _PROGRAMS = 2 * 132 * 8  # two waves of programs on an H200: its processors times the programs that fit one
 
 
