@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import triton_calls
-from pallas_kernels.quantized_decode.gpu import merge
+from pallas_kernels.triton_attention import merge
 
 BLOCK, PROGRAMS = 64, 132 * 4
 

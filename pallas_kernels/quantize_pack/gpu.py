@@ -3,6 +3,8 @@
 Every rounding is the reference's: exact division, products never contracted with sums, ties to even.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -19,24 +21,47 @@ _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds a small float
 
 def quantize_pack(x: jax.Array, fmt: Format, *, interpret: bool = False) -> Quantized:
     """See `api.quantize_pack`."""
+    kernel = _per_token if fmt.axis == "token" else _per_channel
+    channels = min(CHANNELS, triton.next_power_of_2(x.shape[-1]))
+    return encode(kernel, x, (), fmt, tokens=TOKENS, channels=channels, interpret=interpret)
+
+
+def encode(
+    kernel: triton.JITFunction,
+    x: jax.Array,
+    more: tuple[jax.Array, ...],
+    fmt: Format,
+    *,
+    tokens: int,
+    channels: int,
+    interpret: bool,
+    num_warps: int = 4,
+    **constants: Any,
+) -> Quantized:
+    """Run a kernel that quantises what it makes of x.
+
+    Args:
+      kernel: Its parameters are x, `more`, codes, scale, zero_point, the constants below and the last ones here.
+      tokens: That a program quantises per token, all channels wide; at least a word of them.
+      channels: That a program quantises per channel, one group high.
+    """
     *b, num_tokens, dim = x.shape
     rows, unit = x.size // (num_tokens * dim), pack_unit(fmt.bits)
     if fmt.axis == "channel" and fmt.group_size % unit:
         raise Unsupported(f"channel groups of {fmt.group_size} tokens cut words of {unit} tokens at {fmt.bits} bits.")
+    grid: tuple[int, ...]
     if fmt.axis == "token":
-        kernel, meta_shape = _per_token, (*b, num_tokens, dim // fmt.group_size)
-        tokens = max(TOKENS, unit)
+        meta_shape, tokens = (*b, num_tokens, dim // fmt.group_size), max(tokens, unit)
         grid = (rows * triton.cdiv(num_tokens, tokens),)  # the only axis without a limit of 65535
         sizes = {"tokens": tokens, "groups": triton.next_power_of_2(dim // fmt.group_size)}
     else:
-        kernel, meta_shape = _per_channel, (*b, num_tokens // fmt.group_size, dim)
-        channels = min(CHANNELS, triton.next_power_of_2(dim))
+        meta_shape = (*b, num_tokens // fmt.group_size, dim)
         grid = (rows * (num_tokens // fmt.group_size), triton.cdiv(dim, channels))
         sizes = {"channels": channels}
     rows_of_codes, dtype = (num_tokens, jnp.uint8) if fmt.bits == 8 else (num_tokens * fmt.bits // 32, jnp.uint32)
     codes = jax.ShapeDtypeStruct((*b, rows_of_codes, dim), dtype)
     meta = jax.ShapeDtypeStruct(meta_shape, fmt.metadata_dtype)
-    constants = {
+    of_format = {
         "num_tokens": num_tokens,
         "dim": dim,
         "group_size": fmt.group_size,
@@ -45,11 +70,11 @@ def quantize_pack(x: jax.Array, fmt: Format, *, interpret: bool = False) -> Quan
         "num_levels": fmt.num_levels,
         "symmetric": fmt.symmetric,
         "largest": float(jnp.finfo(fmt.metadata_dtype).max),
-        **sizes,
     }
     packed, scale, zero_point = triton_calls.call(
-        kernel, (x,), (codes, meta, meta), grid, constants, interpret=interpret, fused_multiply_add=False
-    )
+        kernel, (x, *more), (codes, meta, meta), grid, {**of_format, **sizes, **constants},
+        interpret=interpret, num_warps=num_warps, fused_multiply_add=False,
+    )  # fmt: skip
     return Quantized(packed, scale, None if fmt.symmetric else zero_point)
 
 
@@ -69,6 +94,23 @@ def _per_token(
     exists = (token < num_tokens)[:, None, None] & ((channel < dim) & (element < group_size)[None, :])[None]
     at = (row * num_tokens + token)[:, None, None] * dim + channel[None]
     x = tl.load(x_ptr + at, mask=exists, other=0.0).to(tl.float32)  # [T, D/g, g]
+    encode_tokens(x, row, token, first, codes_ptr, scale_ptr, zero_ptr,
+                  num_tokens, dim, group_size, bits, num_levels, symmetric, largest)  # fmt: skip
+
+
+@triton.jit
+def encode_tokens(
+    x, row, token, first, codes_ptr, scale_ptr, zero_ptr,
+    num_tokens: tl.constexpr, dim: tl.constexpr, group_size: tl.constexpr,
+    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, largest: tl.constexpr,
+):  # fmt: skip
+    """Quantise tokens f32[T, groups, channels], both padded to powers of two, of a row and write them."""
+    tokens: tl.constexpr = x.shape[0]
+    groups: tl.constexpr = x.shape[1]
+    group_padded: tl.constexpr = x.shape[2]
+    group, element = tl.arange(0, groups), tl.arange(0, group_padded)
+    channel = group[:, None] * group_size + element[None, :]
+    exists = ((channel < dim) & (element < group_size)[None, :])[None]
     scale, zero = _fit(x, exists, 2, num_levels, symmetric, largest, scale_ptr.dtype.element_ty)
     codes = _encode(x, scale[:, :, None], zero[:, :, None], num_levels)
     meta_at = (row * num_tokens + token)[:, None] * (dim // group_size) + group[None, :]
@@ -97,6 +139,18 @@ def _per_channel(
     exists = (element < group_size)[:, None] & (channel < dim)[None, :]
     at = (row * num_tokens + group * group_size + element)[:, None] * dim + channel[None, :]
     x = tl.load(x_ptr + at, mask=exists, other=0.0).to(tl.float32)  # [g, D]
+    encode_channels(x, row, group, channel, codes_ptr, scale_ptr, zero_ptr,
+                    num_tokens, dim, group_size, bits, num_levels, symmetric, largest)  # fmt: skip
+
+
+@triton.jit
+def encode_channels(
+    x, row, group, channel, codes_ptr, scale_ptr, zero_ptr,
+    num_tokens: tl.constexpr, dim: tl.constexpr, group_size: tl.constexpr,
+    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, largest: tl.constexpr,
+):  # fmt: skip
+    """Quantise one group of tokens f32[tokens padded, D] of a row and write it."""
+    exists = (tl.arange(0, x.shape[0]) < group_size)[:, None] & (channel < dim)[None, :]
     scale, zero = _fit(x, exists, 0, num_levels, symmetric, largest, scale_ptr.dtype.element_ty)
     codes = _encode(x, scale[None, :], zero[None, :], num_levels)
     meta_at = (row * (num_tokens // group_size) + group) * dim + channel

@@ -34,6 +34,7 @@ def tpu_sizes(num_slots: int, *sides: tuple[int, Format | None], most: int = _TP
 
 
 KEY_CHANNELS = VALUE_CHANNELS = 64  # that the Triton kernel works on at a time
+PAGED_KEY_CHANNELS = 32  # of selected pages, whose addresses take registers
 _PROGRAMS = 2 * 132 * 8  # two waves of programs on an H200: its processors times the programs that fit one
 
 

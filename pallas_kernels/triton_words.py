@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.constexpr_function
 def per_word(bits: int) -> int:
-    """Tokens of a word; at 3 bits of one of the low bits."""
-    return {2: 16, 3: 16, 4: 8, 8: 1}[bits]
+    """Tokens of a word; at 3 bits of one of the low bits. More than 8 bits are dense rows."""
+    return {2: 16, 3: 16, 4: 8}.get(bits, 1)
 
 
 @triton.constexpr_function
@@ -21,13 +21,13 @@ def load_words(
     ptr, head, unit, place: tl.constexpr, places: tl.constexpr, channel, exists,
     num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
 ):  # fmt: skip
-    """What holds the codes at one place of each unit, shaped like `unit` x `channel`: bytes, or words.
+    """What holds the codes at one place of each unit, shaped like `unit` x `channel`: bytes, words, or dense rows.
 
     At 3 bits also the words of the high bits, shifted so that the token's bit is where its place says; else twice.
     """
     size: tl.constexpr = per_word(bits)
     word = tl.minimum(unit * (places // size) + place // size, num_slots // size - 1)
-    ptr += head * (num_slots if bits == 8 else num_slots * bits // 32) * dim
+    ptr += head * (num_slots if bits >= 8 else num_slots * bits // 32) * dim
     if bits == 3:
         low = tl.load(ptr + (word // 2 * 3 + word % 2) * dim + channel, mask=exists, other=0)
         high = tl.load(ptr + (word // 2 * 3 + 2) * dim + channel, mask=exists, other=0)
