@@ -230,8 +230,10 @@ class Tile:
         num_rows, chunks = q.shape[0], []
         correction = self.correction[self.index]  # [R, 128]
         for first, groups in self._chunks():
-            scaled = jnp.concatenate([q * self._of_group(self.scale, g) for g in groups]).astype(self.codes.dtype)
-            products = dot(scaled, self.codes[first : first + LANES], 1)  # [groups * R, 128]
+            exact = jnp.concatenate([q * self._of_group(self.scale, g) for g in groups])
+            scaled = rounded(exact, self.codes.dtype)
+            products = dot(scaled.astype(self.codes.dtype), self.codes[first : first + LANES], 1)  # [groups * R, 128]
+            products += self.side.bias * (exact - scaled).sum(1, keepdims=True)
             logits, token = products[:num_rows], self._token(q.shape[0])
             for n, g in enumerate(groups[1:], 1):
                 starts = g * self.side.fmt.group_size - first
@@ -243,14 +245,18 @@ class Tile:
     def _mix_per_token(self, keep: jax.Array, sums: tuple[jax.Array, ...], p: jax.Array) -> tuple[jax.Array, ...]:
         groups = range(self.scale.shape[0])
         stacked = jnp.concatenate([keep] * len(groups))
-        scaled = jnp.concatenate([p * self.scale[g : g + 1] for g in groups]).astype(self.codes.dtype)
-        shifts = jnp.concatenate([fold_lanes(p * self.offset[g : g + 1]) for g in groups])
+        scaled = [rounded(p * self.scale[g : g + 1], self.codes.dtype) for g in groups]
+        zero_point = self.offset + self.side.bias * self.scale
+        shifts = jnp.concatenate([fold_lanes(p * zero_point[g : g + 1] - self.side.bias * scaled[g]) for g in groups])
         products, shifted = sums
-        products = products * repeat_lanes(stacked, self.side.dim) + dot(scaled, self.codes, 0)
+        products = products * repeat_lanes(stacked, self.side.dim) + dot(
+            jnp.concatenate(scaled).astype(self.codes.dtype), self.codes, 0
+        )
         return products, shifted * stacked + shifts
 
     def _mix_per_channel(self, keep: jax.Array, sums: tuple[jax.Array, ...], p: jax.Array) -> tuple[jax.Array, ...]:
         total, num_rows, size = sums[0] * repeat_lanes(keep, self.side.dim), p.shape[0], self.side.fmt.group_size
+        p = rounded(p, self.codes.dtype)
         for first, groups in self._chunks():
             part, token = p[:, first : first + LANES], self._token(num_rows)
             bounds = [(g * size - first, (g + 1) * size - first) for g in groups]
@@ -282,6 +288,17 @@ class Tile:
 def finite(x: jax.Array, live: jax.Array, stored: jax.typing.DTypeLike) -> jax.Array:
     """Zero what lies beyond the live tokens, where floats may be NaN; half floats are decoded to finite numbers."""
     return x if stored == jnp.int16 else jnp.where(live, x, 0.0)
+
+
+def rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """What f32 `x` is in `dtype`, f32 or bf16: the bias must be taken off what was multiplied, not off what was meant.
+
+    A code of 4 bits is biased by 16, so an error of rounding would count four times.
+    """
+    if dtype == jnp.float32:
+        return x
+    bits = lax.bitcast_convert_type(x, jnp.int32) + 0x8000
+    return lax.bitcast_convert_type(bits & -0x10000, jnp.float32)
 
 
 def block_spec(shape: tuple[int, int], tokens_last: bool, block_of) -> pl.BlockSpec:
