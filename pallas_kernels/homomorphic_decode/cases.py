@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from pallas_kernels.homomorphic_decode.partitions import code_sums
+import jax
+
+from pallas_kernels.homomorphic_decode.partitions import code_sums, sums_dtype
 from pallas_kernels.quantized_decode import cases as quantized
 from pallas_kernels.quantized_decode.cases import HEAD_DIMS, channel, token
 
@@ -15,6 +17,13 @@ class Case(quantized.Case):
         """Positional and keyword arguments of `homomorphic_decode`."""
         (q, k, v, *rest), options = super().arguments(seed)
         return (q, k, v, code_sums(k, self.k_format), code_sums(v, self.v_format), *rest), options
+
+    def shapes(self) -> tuple:
+        """The positional arguments as ShapeDtypeStructs."""
+        q, k, v, *rest = super().shapes()
+        pairs = ((k, self.k_format), (v, self.v_format))
+        sums = (jax.ShapeDtypeStruct(x.scale.shape, sums_dtype(fmt)) for x, fmt in pairs)
+        return q, k, v, *sums, *rest
 
 
 CASES = {
