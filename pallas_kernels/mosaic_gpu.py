@@ -24,6 +24,8 @@ from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Unsupported
 
 LANES, WARPS = 32, 4
+WARPGROUP_ROWS = 64  # of the smallest product
+LOG2E = math.log2(math.e)
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a value a row of an accumulator
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a value a column
 
@@ -35,14 +37,29 @@ def require_hopper(interpret: bool) -> None:
         raise Unsupported(f"Mosaic GPU kernels need capability 90 or newer, got {target}.")
 
 
+def require_operands(**arrays: jax.Array) -> None:
+    """Raise `Unsupported` unless arrays [..., S, D] can be copied as they are stored for the matrix unit to read."""
+    for name, x in arrays.items():
+        slots, dim = x.shape[-2:]
+        if jnp.dtype(x.dtype) not in (jnp.bfloat16, jnp.float16):
+            raise Unsupported(f"{name} are {x.dtype}; the matrix unit multiplies 16-bit floats and rounds longer ones.")
+        if dim % 16 or dim > 256:
+            raise Unsupported(f"head_dim={dim} must be a multiple of 16 up to 256.")
+        if slots % 8:
+            raise Unsupported(f"{slots} slots are not whole tiles of 8, in which the copy engine brings an operand.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """The device, or its interpreter on CPU."""
 
     interpret: bool
 
-    def kernel(self, body: Callable, out_type: Any, grid: dict[str, int], scratch: Any, **options: Any) -> Callable:
-        """`plgpu.kernel` over a named grid; one warpgroup a block; options of `plgpu.CompilerParams`."""
+    def kernel(
+        self, body: Callable, out_type: Any, grid: dict[str, int], scratch: Any, *, warpgroups: int = 1, **options: Any
+    ) -> Callable:
+        """`plgpu.kernel` over a named grid; options of `plgpu.CompilerParams`. Several warpgroups are axis "wg"."""
+        threads: dict = {"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}
         params: Any = None
         if self.interpret:
             # Not exported by JAX 0.10. Reads beyond an array give zeros, as the copy engine's do.
@@ -57,7 +74,19 @@ class Machine:
             scratch_types=scratch,
             compiler_params=plgpu.CompilerParams(**options),
             interpret=params,
+            **threads,
         )
+
+    def claim_registers(self, readers: int, registers: tuple[int, int], *, fetches: bool) -> None:
+        """Move registers from the warpgroup that fetches to two that compute; one has all it can use.
+
+        Args:
+          readers: Warpgroups that compute.
+          registers: Of a thread that computes, and of one that fetches.
+          fetches: Which of them this is.
+        """
+        if readers > 1 and not self.interpret:
+            plgpu.set_max_registers(registers[fetches], action="decrease" if fetches else "increase")
 
     def load(self, ref: Any, layout: Any) -> jax.Array:
         """Load all of a reference into registers laid out so."""
@@ -93,15 +122,66 @@ class Machine:
             plgpu.transpose_ref(ref, (1, 0))[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
 
-    def dot(self, acc: jax.Array, a: jax.Array, b_ref: Any) -> jax.Array:
-        """acc [m, n] + a [m, k], in registers, times the transpose of b [n, k], in shared memory."""
+    def dot(self, acc: jax.Array, a: Any, b_ref: Any, *, contract: int = 1) -> jax.Array:
+        """acc [m, n] + a [m, k] times b, summed over axis `contract` of b; b is in shared memory, a there or not."""
         if self.interpret:
-            return acc + jnp.dot(a, b_ref[...].T, preferred_element_type=jnp.float32)
+            dims = (((1,), (contract,)), ((), ()))
+            return acc + lax.dot_general(a[...], b_ref[...], dims, preferred_element_type=jnp.float32)
 
         def product(acc_ref):
-            plgpu.wgmma(acc_ref, a, plgpu.transpose_ref(b_ref, (1, 0)))
+            plgpu.wgmma(acc_ref, a, plgpu.transpose_ref(b_ref, (1, 0)) if contract else b_ref)
 
         return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Buffers in shared memory that one warpgroup fills, step by step, and others read.
+
+    Attributes:
+      buffers: References [stages, ...].
+      full, free: Barriers of each stage: copied, and read by all.
+    """
+
+    buffers: Sequence[Any]
+    full: Any
+    free: Any
+
+    @staticmethod
+    def scratch(stages: int, readers: int, *buffers: Any) -> tuple:
+        """Scratch types of a ring that `readers` warpgroups read; buffers are of all stages."""
+        arrivals = {"full": len(buffers), "free": readers}
+        return (tuple(buffers), *(plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in arrivals.values()))
+
+    def fill(self, i: jax.Array, *sources: Any) -> None:
+        """Start the copies of step i, from global memory, once its stage is free."""
+        stages = self.buffers[0].shape[0]
+        stage = lax.rem(i, stages)
+
+        @pl.when(i >= stages)
+        def _():
+            plgpu.barrier_wait(self.free.at[stage])
+
+        for source, buffer in zip(sources, self.buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[stage], self.full.at[stage])
+
+    def drain(self, steps: jax.Array) -> None:
+        """Wait until what was filled in `steps` steps has been read: no barrier may be left with a phase unseen."""
+        for stage in range(self.buffers[0].shape[0]):
+
+            @pl.when(stage < steps)
+            def _(stage=stage):
+                plgpu.barrier_wait(self.free.at[stage])
+
+    def take(self, i: jax.Array) -> list[Any]:
+        """Wait for the buffers of step i."""
+        stage = lax.rem(i, self.buffers[0].shape[0])
+        plgpu.barrier_wait(self.full.at[stage])
+        return [buffer.at[stage] for buffer in self.buffers]
+
+    def release(self, i: jax.Array) -> None:
+        """Say that this warpgroup has read step i."""
+        plgpu.barrier_arrive(self.free.at[lax.rem(i, self.buffers[0].shape[0])])
 
 
 def _reciprocal(x: Any) -> Any:
@@ -112,6 +192,16 @@ def _reciprocal(x: Any) -> Any:
         elements = [llvm.inline_asm(f32, [e], "rcp.rn.f32 $0, $1;", "=f,f") for e in elements]
         registers[index] = vector.from_elements(register.type, elements)
     return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+
+def tanh(x: jax.Array) -> jax.Array:
+    """By exp2, since the hardware's tanh has 11 bits."""
+    return 1.0 - 2.0 / (jnp.exp2(x * (2 * LOG2E)) + 1.0)
+
+
+def along(x: jax.Array, like: jax.Array, axis: int) -> jax.Array:
+    """Repeat a vector that runs along `axis` to the shape of `like`."""
+    return lax.broadcast_in_dim(x, like.shape, (axis,))
 
 
 def operand(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -10,3 +10,14 @@ TPU_KEY_BLOCK = 512
 # GPU: queries and slots of a program's block; with head_dim 128 both tiles and the accumulator stay in registers.
 GPU_QUERY_BLOCK = 64
 GPU_KEY_BLOCK = 64
+
+# Hopper: stages of keys and values in shared memory, and registers of a thread that computes and of one that fetches
+# (two computing warpgroups and a fetching one share 512 a lane).
+HOPPER_STAGES = 2
+HOPPER_REGISTERS = (232, 40)
+HOPPER_QUERY_BLOCK = 128  # of the mass pass
+
+
+def hopper_key_block(head_dim: int) -> int:
+    """Slots of a block; logits and accumulator of 64 rows stay in registers."""
+    return 128 if head_dim <= 128 else 64

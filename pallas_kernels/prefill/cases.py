@@ -64,6 +64,13 @@ _SHAPES = {
     "window-soft-cap": Case(40, 900, (860, 20), soft_cap=30.0, sliding_window=300),
     "head_dim-80": Case(33, 130, (97, 0), head_dim=80, groups=1),
     "head_dim-128-bfloat16": Case(48, 256, (200, 10), head_dim=128, dtype="bfloat16"),
+    "one-bfloat16": Case(1, 8, dtype="bfloat16"),
+    "blocks-bfloat16": Case(140, 184, (40,), num_kv_heads=1, dtype="bfloat16"),
+    "chunk-bfloat16": Case(64, 696, (632, 3), num_kv_heads=1, dtype="bfloat16"),
+    "window-soft-cap-bfloat16": Case(
+        40, 904, (860, 20), num_kv_heads=1, soft_cap=30.0, sliding_window=300, dtype="bfloat16"
+    ),
+    "window-head_dim-256-float16": Case(140, 152, (10,), 1, 1, head_dim=256, sliding_window=17, dtype="float16"),
 }
 CASES = {
     **_SHAPES,

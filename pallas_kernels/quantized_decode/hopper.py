@@ -12,7 +12,6 @@ More than 8 query rows read the cache once for every 8, mostly from L2.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -23,13 +22,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.formats import Format, Quantized
-from pallas_kernels.mosaic_gpu import COLUMNS, ROWS, Machine, operand, require_hopper
+from pallas_kernels.mosaic_gpu import COLUMNS, LOG2E, ROWS, Machine, along, operand, require_hopper, tanh
 from pallas_kernels.prefill.reference import MASK_VALUE
 from pallas_kernels.quantized_decode import hopper_registers as registers
 from pallas_kernels.quantized_decode.block_sizes import HOPPER_STAGES, hopper_splits
 from pallas_kernels.quantized_decode.hopper_codes import PIECE, TILE, UNIT, UNITS, Keys, Values, order_for
 
-_LOG2E = math.log2(math.e)
 _COLUMNS = 8  # query rows of a block, the matrix unit's shortest side
 
 
@@ -187,11 +185,11 @@ def _kernel(plan, still, streams, acc_gmem, top_gmem, sum_gmem, q_smem, p_smem, 
         tile = dict(zip(streams, refs, strict=True))
         logits = _logits(plan, tile, q_smem)
         live = _live(plan, tile, (first + index[0]) * TILE + token, length, q_pos)
-        logits = jnp.where(live, logits * _LOG2E, MASK_VALUE)
+        logits = jnp.where(live, logits * LOG2E, MASK_VALUE)
         new_top = jnp.maximum(top, logits.max(0))
         keep = jnp.exp2(top - new_top)
-        probs = jnp.where(live, jnp.exp2(logits - _along(new_top, logits, 1)), 0.0)
-        total = total * _along(keep, total, 1) + probs
+        probs = jnp.where(live, jnp.exp2(logits - along(new_top, logits, 1)), 0.0)
+        total = total * along(keep, total, 1) + probs
         weights, extra = _weights(plan, tile, probs)
         machine.store_transposed(weights, p_smem)
         shift = _times(plan, shift, keep) + extra
@@ -216,9 +214,9 @@ def _kernel(plan, still, streams, acc_gmem, top_gmem, sum_gmem, q_smem, p_smem, 
     accs, shift, top, total = pipeline(*streams.values())
     shift = shift.sum(0)
     for i, acc in enumerate(accs):
-        acc = acc + _along(shift[plan.columns(i)], acc, 1)
+        acc = acc + along(shift[plan.columns(i)], acc, 1)
         acc_gmem[b, h, s, i * PIECE : (i + 1) * PIECE] = _own_columns(plan, acc)
-    top_gmem[b, h, s] = top * (1 / _LOG2E)
+    top_gmem[b, h, s] = top * (1 / LOG2E)
     sum_gmem[b, h, s] = total.sum(0)
 
 
@@ -239,7 +237,7 @@ def _logits(plan: _Plan, tile: dict[str, Any], q_smem: Any) -> jax.Array:
         scales = _scales(plan, tile, "k", i)
         keys = registers.keys(machine, _piece(tile["k"], i), scales, by_channel, plan.keys, i)
         logits = machine.dot(logits, keys, _piece(q_smem, i))
-    return logits if plan.soft_cap is None else plan.soft_cap * _tanh(logits * (1 / plan.soft_cap))
+    return logits if plan.soft_cap is None else plan.soft_cap * tanh(logits * (1 / plan.soft_cap))
 
 
 def _add_values(plan: _Plan, tile: dict[str, Any], i: int, acc: jax.Array, p_smem: Any) -> jax.Array:
@@ -278,8 +276,8 @@ def _weights(plan: _Plan, tile: dict[str, Any], probs: jax.Array) -> tuple[jax.A
     if plan.v_format.axis == "channel":
         return probs.astype(jnp.bfloat16), machine.full((PIECE, _COLUMNS), 0.0)
     scales, zeros = (registers.by_row(machine, x, plan.keys.order) for x in _scales(plan, tile, "v"))
-    weights = [(probs * _along(scale, probs, 0)).astype(jnp.bfloat16) for scale in scales]
-    extras = [probs * _along(zero_point, probs, 0) for zero_point in zeros]
+    weights = [(probs * along(scale, probs, 0)).astype(jnp.bfloat16) for scale in scales]
+    extras = [probs * along(zero_point, probs, 0) for zero_point in zeros]
     extras = [extra[:PIECE] + extra[PIECE:] for extra in extras]
     return registers.beside(machine, weights), registers.beside(machine, extras)
 
@@ -308,17 +306,7 @@ def _own_columns(plan: _Plan, acc: jax.Array) -> jax.Array:
 
 def _times(plan: _Plan, acc: jax.Array, keep: jax.Array) -> jax.Array:
     """Scale every 8 columns of acc alike."""
-    return acc * _along(registers.beside(plan.machine, [keep] * (acc.shape[1] // _COLUMNS)), acc, 1)
-
-
-def _tanh(x: jax.Array) -> jax.Array:
-    """By exp2, since the hardware's tanh has 11 bits."""
-    return 1.0 - 2.0 / (jnp.exp2(x * (2 * _LOG2E)) + 1.0)
-
-
-def _along(x: jax.Array, like: jax.Array, axis: int) -> jax.Array:
-    """Repeat a vector that runs along `axis` to the shape of `like`."""
-    return lax.broadcast_in_dim(x, like.shape, (axis,))
+    return acc * along(registers.beside(plan.machine, [keep] * (acc.shape[1] // _COLUMNS)), acc, 1)
 
 
 def _merge(acc: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
