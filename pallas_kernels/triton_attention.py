@@ -12,7 +12,7 @@ import triton.language as tl
 from pallas_kernels import rows, triton_calls
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.formats import Format, Quantized
-from pallas_kernels.quantized_decode.block_sizes import KEY_CHANNELS, PAGED_KEY_CHANNELS, VALUE_CHANNELS, gpu_sizes
+from pallas_kernels.quantized_decode.block_sizes import gpu_sizes
 from pallas_kernels.softmax_state import MASK_VALUE, State
 from pallas_kernels.triton_rows import add_values, channels, constants, dot_keys
 from pallas_kernels.triton_words import bias_of, per_word
@@ -55,7 +55,7 @@ def attend(
     places = max(1 if fmt is None else per_word(fmt.bits) for fmt in (k_format, v_format))
     page_size = 0 if page_length is None else slots // page_length.shape[-1]
     reach = slots if page_index is None else page_size * page_index.shape[-1]
-    sizes = gpu_sizes(batch * heads, reach, num_rows, places)
+    sizes = gpu_sizes(batch * heads, reach, num_rows, places, paged=page_size > 0)
     optional = [length if x is None else x for x in (pos, q_pos, page_index, page_length)]
     split = jax.ShapeDtypeStruct((batch, heads, sizes.splits, num_rows), jnp.float32)
     acc, top, total = triton_calls.call(
@@ -78,8 +78,8 @@ def attend(
             "words": sizes.words,
             "places": places,
             "tiles": sizes.tiles,
-            **constants("k", k_format, dim, PAGED_KEY_CHANNELS if page_size else KEY_CHANNELS),
-            **constants("v", v_format, rows.dim(v), VALUE_CHANNELS),
+            **constants("k", k_format, dim, sizes.key_channels),
+            **constants("v", v_format, rows.dim(v), sizes.value_channels),
         },
         interpret=interpret,
         num_warps=sizes.num_warps,

@@ -6,8 +6,11 @@ import triton.language as tl
 
 @triton.constexpr_function
 def per_word(bits: int) -> int:
-    """Tokens of a word; at 3 bits of one of the low bits. More than 8 bits are dense rows."""
-    return {2: 16, 3: 16, 4: 8}.get(bits, 1)
+    """Tokens that one load of a word serves; more than 8 bits are dense rows.
+
+    At 2 and 3 bits half of the word's 16: accumulators of as many tokens at once would not fit the registers.
+    """
+    return 8 if bits < 8 else 1
 
 
 @triton.constexpr_function
@@ -23,17 +26,20 @@ def load_words(
 ):  # fmt: skip
     """What holds the codes at one place of each unit, shaped like `unit` x `channel`: bytes, words, or dense rows.
 
-    At 3 bits also the words of the high bits, shifted so that the token's bit is where its place says; else twice.
+    Shifted so that a token's bits are where its place says. At 3 bits also the words of the high bits; else twice.
     """
     size: tl.constexpr = per_word(bits)
-    word = tl.minimum(unit * (places // size) + place // size, num_slots // size - 1)
+    part = tl.minimum(unit * (places // size) + place // size, num_slots // size - 1)
     ptr += head * (num_slots if bits >= 8 else num_slots * bits // 32) * dim
     if bits == 3:
-        low = tl.load(ptr + (word // 2 * 3 + word % 2) * dim + channel, mask=exists, other=0)
-        high = tl.load(ptr + (word // 2 * 3 + 2) * dim + channel, mask=exists, other=0)
-        return low, high >> (word % 2 * 16).to(tl.uint32)
+        low = tl.load(ptr + (part // 4 * 3 + part // 2 % 2) * dim + channel, mask=exists, other=0)
+        high = tl.load(ptr + (part // 4 * 3 + 2) * dim + channel, mask=exists, other=0)
+        return low >> (part % 2 * 16).to(tl.uint32), high >> (part % 4 * 8).to(tl.uint32)
+    elif bits == 2:
+        low = tl.load(ptr + part // 2 * dim + channel, mask=exists, other=0) >> (part % 2 * 16).to(tl.uint32)
+        return low, low
     else:
-        low = tl.load(ptr + word * dim + channel, mask=exists, other=0)
+        low = tl.load(ptr + part * dim + channel, mask=exists, other=0)
         return low, low
 
 
@@ -50,9 +56,9 @@ def biased_codes(low, high, bits: tl.constexpr, place: tl.constexpr, dtype: tl.c
         )
     else:
         width: tl.constexpr = 2 if bits == 3 else bits
-        codes = (low >> (place * width % 32)) & ((1 << width) - 1)
+        codes = (low >> (place * width)) & ((1 << width) - 1)
         if bits == 3:
-            codes |= (high >> place % 16 & 1) << 2
+            codes |= (high >> place & 1) << 2
         codes = ((codes << 16) | 0x43000000).to(tl.float32, bitcast=True) - 128.0
         return codes.to(dtype)
 
@@ -68,11 +74,11 @@ def scaled_codes(low, high, scale, shift, bits: tl.constexpr, place: tl.constexp
 def _asm(bits, place, scaled):
     """Two words to two codes in bfloat16: a code joins the bits of 128.0; if scaled, times $a plus $b = -128 $a."""
     width = 2 if bits == 3 else bits
-    shift, mask = place * width % 32, (1 << width) - 1
+    shift, mask = place * width, (1 << width) - 1
     text = f"prmt.b32 t, $1, $2, {'0x5410' if shift < 16 else '0x7632'}; shr.b32 t, t, {shift % 16};"
     text += f" lop3.b32 t, t, {mask * 0x10001:#x}, 0x43004300, 0xEA;"
     if bits == 3:
-        move = f"shr.b32 u, u, {place % 16 - 2}" if place % 16 >= 2 else f"shl.b32 u, u, {2 - place % 16}"
+        move = f"shr.b32 u, u, {place - 2}" if place >= 2 else f"shl.b32 u, u, {2 - place}"
         text += f" prmt.b32 u, $3, $4, 0x5410; {move}; lop3.b32 t, u, 0x40004, t, 0xEA;"
     first = 5 if bits == 3 else 3
     end = f"fma.rn.bf16x2 $0, t, ${first}, ${first + 1};" if scaled else "shr.b32 $0, t, 0;"

@@ -33,31 +33,35 @@ def tpu_sizes(num_slots: int, *sides: tuple[int, Format | None], most: int = _TP
     return step * max(1, block // step), tile
 
 
-KEY_CHANNELS = VALUE_CHANNELS = 64  # that the Triton kernel works on at a time
-PAGED_KEY_CHANNELS = 32  # of selected pages, whose addresses take registers
 _PROGRAMS = 2 * 132 * 8  # two waves of programs on an H200: its processors times the programs that fit one
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuSizes:
-    """How the Triton kernel cuts a call: `splits` ranges of `tiles` tiles, `words` words high; `rows` queries each."""
+    """How the Triton kernel cuts a call: `splits` ranges of `tiles` tiles, `words` words high; `rows` queries each.
+
+    `key_channels` and `value_channels` are those that it works on at a time.
+    """
 
     splits: int
     tiles: int
     words: int
     rows: int
+    key_channels: int
+    value_channels: int
     num_warps: int
     num_stages: int
 
 
-def gpu_sizes(heads: int, slots: int, rows: int, places: int) -> GpuSizes:
-    """Sizes for `heads` rows times KV heads; a word holds `places` slots."""
+def gpu_sizes(heads: int, slots: int, rows: int, places: int, paged: bool) -> GpuSizes:
+    """Sizes for `heads` rows times KV heads; a load holds `places` slots. Registers are what runs out."""
     words = 16 if places > 1 else 32
     tiles = -(-slots // (words * places))
     splits = max(1, min(tiles // 2, _PROGRAMS // heads))
     tiles_of_split = -(-tiles // splits)
     padded = 8 if rows <= 8 else 16
-    return GpuSizes(-(-tiles // tiles_of_split), tiles_of_split, words, padded, num_warps=1, num_stages=2)
+    return GpuSizes(-(-tiles // tiles_of_split), tiles_of_split, words, padded, 32 if paged else 64, 64,
+                    num_warps=1 if places == 1 else 2, num_stages=2)  # fmt: skip
 
 
 _H200_PROCESSORS = 132
