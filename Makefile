@@ -25,7 +25,7 @@ test-slow: $(VENV)/.test assets
 
 # What a second interpreter is checked with.
 test-short: $(VENV)/.test
-	$(QUICK) $(BIN)/python -m pytest tests/laws/test_attention.py tests/laws/test_codecs.py tests/kernels tests/methods tests/models/test_golden.py \
+	$(QUICK) $(BIN)/python -m pytest tests/laws/test_attention.py tests/laws/test_codecs.py tests/kernels/test_quantized_decode.py tests/methods tests/models/test_golden.py \
 	  -n 2 -m "not slow and not real_model" $(ARGS)
 
 lint: $(VENV)/.lint
@@ -41,7 +41,7 @@ aot:
 # Every kernel in its interpreter; Triton's needs a JAX with GPU support, though no GPU.
 test-kernels:
 	$(MAKE) VENV=.venv-aot .venv-aot/.aot
-	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/kernels -n 2 -m slow $(ARGS)
+	$(QUICK) JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/kernels -n 2 -m slow $(ARGS)
 
 assets: $(VENV)/.model $(TEXT)
 
