@@ -25,8 +25,8 @@ test-slow: $(VENV)/.test assets
 
 # What a second interpreter is checked with.
 test-short: $(VENV)/.test
-	$(QUICK) $(BIN)/python -m pytest tests/laws/test_attention.py tests/laws/test_codecs.py tests/kernels/test_quantized_decode.py tests/methods tests/models/test_golden.py \
-	  -n 2 -m "not slow and not real_model" $(ARGS)
+	$(QUICK) $(BIN)/python -m pytest tests/laws/test_attention.py tests/kernels/test_quantized_decode.py \
+	  tests/methods tests/models/test_golden.py -n 2 -m "not slow and not real_model" $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ class Config:
     """Where the records go."""
     timeout_s: int = 900
     """Seconds that one group may take."""
+    workers: int = 2
+    """Groups compiled at a time, each in a process of its own."""
 
 
 def main(config: Config) -> None:
-    """Compile group by group, each in a process of its own, and print a table."""
+    """Compile groups in processes of their own and print a table."""
     names = config.devices.split(",")
     unknown = [name for name in names if name not in DEVICES]
     if unknown:
@@ -48,10 +51,12 @@ def main(config: Config) -> None:
     with Progress(console=Console(stderr=True)) as progress:
         groups = [(name, group, found) for name in names for group, found in _groups(name, config.only)]
         task = progress.add_task("compiling", total=sum(len(found) for *_, found in groups))
-        for name, group, found in groups:
-            progress.update(task, description=f"{name}: {group}")
-            records += _compile(name, group, found, config.timeout_s)
-            progress.advance(task, len(found))
+        with ThreadPoolExecutor(config.workers) as pool:
+            futures = [pool.submit(_compile, *group, config.timeout_s) for group in groups]
+            for (name, group, found), future in zip(groups, futures, strict=True):
+                progress.update(task, description=f"{name}: {group}")
+                records += future.result()
+                progress.advance(task, len(found))
     for record in records:
         record["failed"] = failure(record)
     config.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,15 @@
-"""Which backends of an operation the cases run on: plain JAX always, the others as slow tests."""
+"""Cases on backends: plain JAX always, the others as slow tests."""
 
+import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import pytest
 
-from pallas_kernels.dispatch import BACKENDS
+from pallas_kernels.dispatch import BACKENDS, Unsupported
+from pallas_kernels.formats import Format
 
 
 def backends(operation: str) -> list:
@@ -16,3 +21,23 @@ def backends(operation: str) -> list:
     ]
     slow = ("cpu", "tpu", "hopper", "gpu")  # compiled by Numba, seconds each, or in their interpreters
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in found]
+
+
+def results(function: Callable, case: Any, backend: str) -> tuple[Any, Any]:
+    """What a backend and the reference make of a case, both jitted; a call that the backend refuses is skipped."""
+    try:
+        got = _run(function, case, backend)
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    return got, _reference(function, case)
+
+
+@functools.lru_cache(maxsize=64)  # one result serves all backends
+def _reference(function: Callable, case: Any) -> Any:
+    return _run(function, case, "reference")
+
+
+def _run(function: Callable, case: Any, backend: str) -> Any:
+    args, options = case.arguments()
+    call = functools.partial(function, **options, implementation=backend, interpret=True)
+    return jax.jit(call, static_argnums=[i for i, x in enumerate(args) if isinstance(x, Format)])(*args)

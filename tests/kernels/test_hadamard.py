@@ -1,17 +1,13 @@
 """Hadamard rotation: the matrices, and every case on every backend that can run or be interpreted here."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import hadamard as op
-from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.hadamard.cases import CASES, Case
 from pallas_kernels.quantize_pack import dequantize, quantize_pack
-from tests.kernels.backends import backends
+from tests.kernels.backends import backends, results
 
 DIMS = [m * 2**n for m in (1, 12, 20, 28) for n in range(10) if m * 2**n <= 512]
 
@@ -42,15 +38,9 @@ def test_a_rotation_undoes_itself_and_keeps_norms(dim):
 @pytest.mark.parametrize("backend", backends("hadamard"))
 def test_a_backend_equals_the_reference(backend, name):
     case = CASES[name]
-    (x, *fmt), options = case.arguments()
-    call = functools.partial(getattr(op, case.function), **options)
-    want = jax.jit(lambda x: call(x, *fmt, implementation="reference"))(x)
-    try:
-        got = jax.jit(lambda x: call(x, *fmt, implementation=backend, interpret=True))(x)
-    except Unsupported as reason:
-        pytest.skip(str(reason))
-    if fmt:
-        assert_same_rows(got, want, *fmt)
+    got, want = results(getattr(op, case.function), case, backend)
+    if case.function == "rotate_quantize_pack":
+        assert_same_rows(got, want, case.fmt)
     else:
         tolerance = 1e-2 if case.dtype == "bfloat16" else 5e-6
         assert got.dtype == want.dtype

@@ -1,32 +1,23 @@
 """Homomorphic decode attention: its pieces, and every case on every backend that can run or be interpreted here."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.homomorphic_decode import code_sums, homomorphic_decode, sums_dtype
 from pallas_kernels.homomorphic_decode.cases import CASES, Case
 from pallas_kernels.homomorphic_decode.partitions import to_int8
 from pallas_kernels.quantized_decode import quantized_decode
 from pallas_kernels.quantized_decode.cases import channel, token
-from tests.kernels.backends import backends
+from tests.kernels.backends import backends, results
 from tests.kernels.test_quantized_decode import assert_same_attention
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", backends("homomorphic_decode"))
 def test_a_backend_equals_the_reference(backend, name):
-    args, options = CASES[name].arguments()
-    call = functools.partial(homomorphic_decode, **options)
-    want = jax.jit(functools.partial(call, implementation="reference"))(*args)
-    try:
-        got = jax.jit(functools.partial(call, implementation=backend, interpret=True))(*args)
-    except Unsupported as reason:
-        pytest.skip(str(reason))
+    got, want = results(homomorphic_decode, CASES[name], backend)
     # A probability at a tie may round the other way: 1/255 of its partition's largest.
     assert_same_attention(got, want, 1e-3)
 

@@ -1,29 +1,19 @@
 """Decode attention over low-rank coefficients: every case on every backend that can run or be interpreted here."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.low_rank_decode import low_rank_decode
 from pallas_kernels.low_rank_decode.cases import CASES, Case
-from tests.kernels.backends import backends
+from tests.kernels.backends import backends, results
 from tests.kernels.test_quantized_decode import assert_same_attention
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", backends("low_rank_decode"))
 def test_a_backend_equals_the_reference(backend, name):
-    args, options = CASES[name].arguments()
-    call = functools.partial(low_rank_decode, **options)
-    want = jax.jit(functools.partial(call, implementation="reference"))(*args)
-    try:
-        got = jax.jit(functools.partial(call, implementation=backend, interpret=True))(*args)
-    except Unsupported as reason:
-        pytest.skip(str(reason))
+    got, want = results(low_rank_decode, CASES[name], backend)
     assert_same_attention(got, want, 2e-2 if CASES[name].dtype == "bfloat16" or backend == "hopper" else 2e-4)
 
 

@@ -1,17 +1,13 @@
 """Prefill and mass: every case on every backend that can run or be interpreted here."""
 
-import functools
-
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import prefill as op
-from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.prefill.cases import CASES
-from tests.kernels.backends import backends
+from tests.kernels.backends import backends, results
 from tests.laws.parts import normal
 
 
@@ -19,13 +15,7 @@ from tests.laws.parts import normal
 @pytest.mark.parametrize("backend", backends("prefill"))
 def test_a_backend_equals_the_reference(backend, name):
     case = CASES[name]
-    args, options = case.arguments()
-    call = functools.partial(getattr(op, case.function), **options)
-    want = jax.jit(functools.partial(call, implementation="reference"))(*args)
-    try:
-        got = jax.jit(functools.partial(call, implementation=backend, interpret=True))(*args)
-    except Unsupported as reason:
-        pytest.skip(str(reason))
+    got, want = results(getattr(op, case.function), case, backend)
     tolerance = 2e-2 if case.dtype != "float32" else 2e-5
     if case.function == "mass":
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)

@@ -7,23 +7,17 @@ import pytest
 from jax.experimental import checkify
 
 import kvcomp_jax as kvc
-from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.formats import Format
 from pallas_kernels.quantize_pack import quantize_pack
 from pallas_kernels.quantize_pack.cases import CASES
-from tests.kernels.backends import backends
+from tests.kernels.backends import backends, results
 from tests.laws.parts import make, qkv
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", backends("quantize_pack"))
 def test_a_backend_equals_the_reference(backend, name):
-    (x, fmt), _ = CASES[name].arguments()
-    want = jax.jit(lambda x: quantize_pack(x, fmt, implementation="reference"))(x)
-    try:
-        got = jax.jit(lambda x: quantize_pack(x, fmt, implementation=backend, interpret=True))(x)
-    except Unsupported as reason:
-        pytest.skip(str(reason))
+    got, want = results(quantize_pack, CASES[name], backend)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 

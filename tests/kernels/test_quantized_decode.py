@@ -1,29 +1,19 @@
 """Decode attention over packed rows: every case on every backend that can run or be interpreted here."""
 
-import functools
-
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.quantized_decode import quantized_decode
 from pallas_kernels.quantized_decode.cases import CASES, Case, channel, token
-from tests.kernels.backends import backends
+from tests.kernels.backends import backends, results
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", backends("quantized_decode"))
 def test_a_backend_equals_the_reference(backend, name):
-    args, options = CASES[name].arguments()
-    call = functools.partial(quantized_decode, **options)
-    want = jax.jit(functools.partial(call, implementation="reference"))(*args)
-    try:
-        got = jax.jit(functools.partial(call, implementation=backend, interpret=True))(*args)
-    except Unsupported as reason:
-        pytest.skip(str(reason))
+    got, want = results(quantized_decode, CASES[name], backend)
     tolerance = 2e-2 if CASES[name].dtype == "bfloat16" or backend == "hopper" else 2e-4
     assert_same_attention(got, want, tolerance)
 
