@@ -1,9 +1,12 @@
 """Arrays that the cases of several operations draw."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.formats import Format
 from pallas_kernels.quantize_pack.reference import quantize_pack
 
 encoded = jax.jit(quantize_pack, static_argnums=1)  # many cases share shapes, and one compilation
@@ -24,3 +27,10 @@ def draw_positions(
     places = rng.permuted(np.broadcast_to(np.arange(slots), shape), axis=-1)
     pos = jnp.asarray(np.where(rng.random(shape) < 0.2, -1, places), jnp.int32)
     return pos, jnp.full((batch, num_queries), slots - 3, jnp.int32)
+
+
+def rows_shape(shape: tuple[int, ...], dtype, fmt: Format | None):
+    """Shapes of dense rows, or of their codes and metadata."""
+    if fmt is None:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.eval_shape(functools.partial(quantize_pack, fmt=fmt), jax.ShapeDtypeStruct(shape, jnp.float32))

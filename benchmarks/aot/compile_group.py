@@ -70,18 +70,22 @@ def _codes(shapes: Any) -> list[jax.ShapeDtypeStruct]:
 def decoded_arrays(text: str, shapes: Any) -> list[str]:
     """Float arrays of a compiled program that could be a decoded cache: as many values as an argument has codes.
 
-    Temporary bytes do not tell: on TPU they count caches that are fetched to VMEM ahead of their use, still packed.
+    What has an axis of a weight matrix is none. Temporary bytes do not tell: on TPU they count caches that are fetched
+    to VMEM ahead of their use, still packed.
     """
     codes = _codes(shapes)
     if not codes:
         return []
     fewest = max(x.size * (4 if x.dtype == jnp.uint32 else 1) for x in codes)  # a word holds four codes or more
+    matrices = [x for x in jax.tree.leaves(shapes) if x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.floating)]
+    weights = {n for x in matrices for n in x.shape} - {n for x in codes for n in x.shape}
     given = set(re.findall(r"= (\w+\[[\d,]+\])\S* parameter\(", text))
     found = set()
     for computation in re.split(r"\n(?=%|ENTRY)", text):
         if not computation.startswith("%fused_computation"):  # values inside a fusion are never stored
             found |= set(re.findall(r"= ((?:f32|bf16|f16)\[[\d,]+\])", computation))
-    return sorted(x for x in found - given if math.prod(map(int, x[x.index("[") + 1 : -1].split(","))) >= fewest)
+    dims = {x: list(map(int, x[x.index("[") + 1 : -1].split(","))) for x in found - given}
+    return sorted(x for x, shape in dims.items() if math.prod(shape) >= fewest and not weights & set(shape))
 
 
 def _gpu_figures(lowered: Any, dump: str) -> dict[str, int]:

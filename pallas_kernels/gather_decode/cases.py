@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case_data import encoded
+from pallas_kernels.case_data import encoded, rows_shape
 from pallas_kernels.formats import Format
 from pallas_kernels.gather_decode.pages import Pages, as_rows
 from pallas_kernels.quantized_decode.cases import HEAD_DIMS, channel, token
@@ -53,8 +53,19 @@ class Case:
         return {name: getattr(self, name) for name in ("k_format", "v_format", "soft_cap")}
 
     def shapes(self) -> tuple:
-        """The positional arguments as ShapeDtypeStructs."""
-        return jax.eval_shape(lambda: self.arguments()[0])
+        """The positional arguments as ShapeDtypeStructs; draws nothing, as serving shapes take gigabytes."""
+        heads, dtype = (len(self.filled), self.num_kv_heads), jnp.dtype(self.dtype)
+        pages = (*heads, self.num_pages, self.page_size, self.head_dim)
+        flat = (*heads, self.num_pages * self.page_size, self.head_dim)
+        k, v = (rows_shape(flat if fmt else pages, dtype, fmt) for fmt in (self.k_format, self.v_format))
+        lengths = (*heads, self.num_pages) if self.lengths_per_head else (heads[0], 1, self.num_pages)
+        return (
+            jax.ShapeDtypeStruct((*heads, self.rows, self.head_dim), dtype),
+            k,
+            v,
+            jax.ShapeDtypeStruct((*heads, self.selected), jnp.int32),
+            jax.ShapeDtypeStruct(lengths, jnp.int32),
+        )
 
     def _pages(self, x: np.ndarray, fmt: Format | None) -> Pages:
         if fmt is None:

@@ -1,6 +1,7 @@
 """Tuned sizes of the kernels, by device."""
 
 VALUE_CHANNELS = 32  # that the Triton kernel works on at a time; 64 spilled registers in one of the serving cases
+NUM_WARPS = 2  # as above
 _TILE = 64  # slots of a step of online softmax
 _PROGRAMS = 4 * 132 * 4  # four waves of programs on an H200: its processors times the programs that fit one
 

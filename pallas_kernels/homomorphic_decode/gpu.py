@@ -12,7 +12,7 @@ import triton.language as tl
 from pallas_kernels import rows, triton_calls
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.formats import Format, Quantized
-from pallas_kernels.homomorphic_decode.block_sizes import VALUE_CHANNELS, gpu_sizes
+from pallas_kernels.homomorphic_decode.block_sizes import NUM_WARPS, VALUE_CHANNELS, gpu_sizes
 from pallas_kernels.homomorphic_decode.partitions import centre, to_int8
 from pallas_kernels.softmax_state import State
 from pallas_kernels.triton_attention import DEAD, LEAST, merge, see, tanh
@@ -71,6 +71,7 @@ def homomorphic_decode(
             **_constants("v", v_format),
         },
         interpret=interpret,
+        num_warps=NUM_WARPS,
         num_stages=2,
     )  # fmt: skip
     return merge(acc, top, total)

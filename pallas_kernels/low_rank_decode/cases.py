@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case_data import draw_positions, encoded
+from pallas_kernels.case_data import draw_positions, encoded, rows_shape
 from pallas_kernels.formats import Format
 from pallas_kernels.quantized_decode.cases import channel, token
 
@@ -44,8 +44,19 @@ class Case:
         return {name: getattr(self, name) for name in ("k_format", "v_format", "soft_cap", "sliding_window")}
 
     def shapes(self) -> tuple:
-        """The positional arguments as ShapeDtypeStructs."""
-        return jax.eval_shape(lambda: self.arguments()[0])
+        """The positional arguments as ShapeDtypeStructs; draws nothing, as serving shapes take gigabytes."""
+        heads, dtype = (len(self.length), self.num_kv_heads), jnp.dtype(self.dtype)
+        k, v = (
+            rows_shape((*heads, self.num_slots, rank), dtype, fmt)
+            for rank, fmt in ((self.k_rank, self.k_format), (self.v_rank, self.v_format))
+        )
+        q = jax.ShapeDtypeStruct((*heads, self.rows, self.k_rank), dtype)
+        pos = q_pos = None
+        if self.positions:
+            pos_heads = self.num_kv_heads if self.positions == "per head" else 1
+            pos = jax.ShapeDtypeStruct((heads[0], pos_heads, self.num_slots), jnp.int32)
+            q_pos = jax.ShapeDtypeStruct((heads[0], self.rows), jnp.int32)
+        return q, k, v, jax.ShapeDtypeStruct(heads[:1], jnp.int32), pos, q_pos
 
     def _rows(self, x: np.ndarray, fmt: Format | None):
         return jnp.asarray(x, self.dtype) if fmt is None else encoded(jnp.asarray(x, jnp.float32), fmt)
