@@ -18,7 +18,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("few", max_examples=5, deadline=None, derandomize=True, database=None)
 settings.load_profile("few")
 
-_ROOM = 3 * 2**30  # bytes a worker may hold in compiled programs and arrays before it forgets them
+_ROOM = 5 * 2**30  # bytes a worker may hold in compiled programs and arrays before it forgets them
 
 
 @pytest.fixture(autouse=True)
