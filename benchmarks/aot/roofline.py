@@ -67,7 +67,7 @@ def _predict(chip: str, name: str) -> dict[str, Any]:
     _, k, v, *_ = case.shapes()
     heads_tokens = k.codes.shape[0] * k.codes.shape[1] * case.num_slots
     num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((k, v))) / heads_tokens
-    block, tile = tpu_sizes(case.num_slots, case.head_dim, case.k_format, case.v_format)
+    block, tile = tpu_sizes(case.num_slots, *((case.head_dim, fmt) for fmt in (case.k_format, case.v_format)))
     with tempfile.TemporaryDirectory() as folder:
         env = {
             **os.environ,
