@@ -7,11 +7,12 @@ from kvcomp_jax.codecs import Affine, Codec, Identity
 from kvcomp_jax.kernels import TierKernel, kernels_in_use
 from kvcomp_jax.methods import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.plan import CachePlan, Layout
-from kvcomp_jax.policies import HeavyHitter, Policy, Recency
-from kvcomp_jax.prompt import PromptCache, attend, close_prompt, open_prompt, positions, prefill
+from kvcomp_jax.policies import HeavyHitter, Policy, Probes, Prompt, Recency
+from kvcomp_jax.prompt import PromptCache, attend, close_prompt, detach, open_prompt, positions, prefill
 from kvcomp_jax.read import decode
 from kvcomp_jax.rows import free_row, insert_row
 from kvcomp_jax.spec import LayerSpec, Rung
+from kvcomp_jax.types import Constant
 
 __all__ = [
     "METHODS",
@@ -20,6 +21,7 @@ __all__ = [
     "Bytes",
     "CachePlan",
     "Codec",
+    "Constant",
     "Context",
     "HeavyHitter",
     "Identity",
@@ -29,6 +31,8 @@ __all__ = [
     "Method",
     "MethodInfo",
     "Policy",
+    "Probes",
+    "Prompt",
     "PromptCache",
     "Recency",
     "Rung",
@@ -37,6 +41,7 @@ __all__ = [
     "causal_attention",
     "close_prompt",
     "decode",
+    "detach",
     "finalize",
     "forecast",
     "free_row",

@@ -111,6 +111,7 @@ def _layer_bytes(cache: LayerCache, held: _Occupancy) -> tuple[int, int]:
             metadata += 4 * heads * tokens * ((tier.pos is not None) + (tier.stat is not None))
     counters = [cache.length, cache.settled, cache.window_limit]
     counters += [x for tier in cache.tiers for x in (tier.entered, tier.limit)]
+    counters += jax.tree.leaves([(tier.k_codec, tier.v_codec) for tier in cache.tiers])  # the codecs' parameters
     metadata += sum(x.size * x.dtype.itemsize for x in counters)
     return payload + metadata, metadata
 

@@ -50,15 +50,15 @@ def init(spec: LayerSpec, *, batch: int, num_kv_heads: int, head_dim: int, dtype
     spec = spec.bind(dtype)
     spec.check(head_dim)
 
-    def exact(num_slots: int, needs_probs: bool) -> Exact:
+    def exact(num_slots: int, keeps_stat: bool) -> Exact:
         slots = (batch, num_kv_heads, num_slots)
         k, v = jnp.zeros((*slots, head_dim), dtype), jnp.zeros((*slots, head_dim), dtype)
-        return Exact(k=k, v=v, stat=jnp.zeros(slots) if needs_probs else None)
+        return Exact(k=k, v=v, stat=jnp.zeros(slots) if keeps_stat else None)
 
     return LayerCache(
         spec=spec,
         sinks=exact(spec.policy.num_sinks, False) if spec.policy.num_sinks else None,
-        window=exact(spec.window_slots, spec.policy.needs_probs),
+        window=exact(spec.window_slots, spec.policy.keeps_stat),
         tiers=tuple(init_tier(rung, spec, batch, num_kv_heads, head_dim, dtype) for rung in spec.rungs),
         length=jnp.zeros(batch, jnp.int32),
         settled=jnp.zeros(batch, jnp.int32),
@@ -148,10 +148,10 @@ def sink_pos(cache: LayerCache) -> jax.Array:
     return jnp.where(pos < cache.length[:, None], pos, -1)[:, None]
 
 
-def check_fits(cache: LayerCache, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    """Raise ValueError unless q, k, v are attention inputs of this cache's rows, heads and head_dim."""
+def check_fits(exact: Exact, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    """Raise ValueError unless q, k, v are attention inputs of the rows, heads and head_dim of a cache's exact rows."""
     check_qkv(q, k, v)
-    batch, heads, _, head_dim = cache.window.k.shape
+    batch, heads, _, head_dim = exact.k.shape
     if (k.shape[0], *k.shape[2:]) != (batch, heads, head_dim):
         raise ValueError(
             f"k and v {k.shape} do not fit a cache of batch={batch}, num_kv_heads={heads}, head_dim={head_dim}."

@@ -21,9 +21,21 @@ def fill(cache: LayerCache, prompt: Exact, length: jax.Array) -> LayerCache:
     after_sinks = jnp.maximum(length - policy.num_sinks, 0)
     old = jnp.maximum(after_sinks - cache.window_limit, 0)
     settled = _whole_blocks(cache, old) if cache.spec.rungs else jnp.zeros_like(old)
+    cache = dataclasses.replace(cache, tiers=_fit(cache.tiers, prompt, length))
     tiers = (_fill_by_age if policy.fifo else _fill_by_score)(cache, prompt, settled)
     filled = dataclasses.replace(cache, tiers=tiers, settled=settled)
     return overlay(filled, prompt, jnp.zeros_like(length), length)
+
+
+def _fit(tiers: tuple[Tier, ...], prompt: Exact, length: jax.Array) -> tuple[Tier, ...]:
+    """Give the codecs the parameters that suit the whole prompt."""
+    live = (jnp.arange(prompt.k.shape[2])[None] < length[:, None])[:, None]
+
+    def fit(tier: Tier) -> Tier:
+        k_codec, v_codec = tier.k_codec.fit(prompt.k, live), tier.v_codec.fit(prompt.v, live)
+        return dataclasses.replace(tier, k_codec=k_codec, v_codec=v_codec)
+
+    return tuple(fit(tier) for tier in tiers)
 
 
 def overlay(cache: LayerCache, staged: Exact, first: jax.Array, count: jax.Array) -> LayerCache:

@@ -141,7 +141,8 @@ def _unit_scores(policy: Policy, stat: jax.Array | None, pos: jax.Array, size: i
 
 def _transcode(block: Block, tier: Tier) -> Block:
     def recode(old: Codec, new: Codec, enc: Encoded) -> Encoded:
-        return enc if old == new else new.encode(old.decode(enc, block.pos), block.pos)
+        same = jax.tree.structure(old) == jax.tree.structure(new)  # then their parameters are, too: see `Codec.fit`
+        return enc if same else new.encode(old.decode(enc, block.pos), block.pos)
 
     k, v = recode(block.k_codec, tier.k_codec, block.k), recode(block.v_codec, tier.v_codec, block.v)
     return dataclasses.replace(block, k=k, v=v, k_codec=tier.k_codec, v_codec=tier.v_codec)

@@ -10,9 +10,11 @@ from jax import lax
 from kvcomp_jax.attention import AttnState, group_queries, lse, scaled
 from kvcomp_jax.cache import Exact, LayerCache, check_fits, next_positions, settle
 from kvcomp_jax.fill import fill, overlay
+from kvcomp_jax.policies import Policy, Probes, Prompt
 from kvcomp_jax.read import attend_held, decode, make_queries, output
 from kvcomp_jax.types import pytree, static
 from pallas_kernels import prefill as prefill_op
+from pallas_kernels.prefill.reference import stands_at
 
 
 @pytree
@@ -22,14 +24,20 @@ class PromptCache:
     Chunks attend exactly to each other, so that chunking changes nothing, and to what `base` already held.
     """
 
-    base: LayerCache
+    base: LayerCache | None  # None: see `detach`
     staged: Exact | None  # None: the prompt comes in one pass and needs no staging
+    probes: Probes | None  # queries that the policy wants to see when the prompt closes
     filled: jax.Array  # i32[B], tokens staged
+    policy: Policy | None = static()  # of base if it looks at prompts
+    sliding_window: int | None = static()
+    soft_cap: float | None = static(default=None)  # that the probes saw
     fresh: bool = static()  # base is empty
     final: bool = static()  # the next chunk is the last; it closes the prompt
 
 
-def open_prompt(cache: LayerCache, capacity: int, *, fresh: bool = True, final: bool = False) -> PromptCache:
+def open_prompt(
+    cache: LayerCache, capacity: int, *, fresh: bool = True, final: bool = False, num_heads: int | None = None
+) -> PromptCache:
     """Start a prompt of up to `capacity` tokens a row, padding of its chunks included.
 
     Args:
@@ -37,26 +45,85 @@ def open_prompt(cache: LayerCache, capacity: int, *, fresh: bool = True, final: 
       capacity: Tokens to stage. 0 stages nothing: the whole prompt must then come in one chunk.
       fresh: Whether `cache` is empty.
       final: Whether the next chunk is the last one; `attend` then returns the closed cache.
+      num_heads: Query heads of the model; needed where the cache's policy judges a staged prompt by its queries.
 
     Raises:
-      ValueError: If `capacity` is negative, or 0 although more than one chunk may come.
+      ValueError: If `capacity` is negative, or 0 although more than one chunk may come, or `num_heads` is missing or
+        no multiple of the cache's KV heads.
     """
     if capacity < 0 or (capacity == 0 and not final):
         raise ValueError(f"capacity={capacity} must be positive, or 0 with final=True for a prompt in one chunk.")
-    staged = None
+    batch, heads, _, head_dim = cache.window.k.shape
+    policy, staged, probes = cache.spec.policy, None, None
     if capacity:
-        batch, heads, _, head_dim = cache.window.k.shape
         slots, dtype = (batch, heads, capacity), cache.window.k.dtype
-        stat = jnp.zeros(slots) if cache.spec.policy.needs_probs else None
+        stat = jnp.zeros(slots) if policy.keeps_stat else None
         staged = Exact(k=jnp.zeros((*slots, head_dim), dtype), v=jnp.zeros((*slots, head_dim), dtype), stat=stat)
-    return PromptCache(base=cache, staged=staged, filled=jnp.zeros_like(cache.length), fresh=fresh, final=final)
+        if num_probes := policy.num_probes(capacity):
+            if num_heads is None or num_heads % heads:
+                raise ValueError(
+                    f"num_heads={num_heads} must be the model's query heads, a multiple of {heads}: "
+                    f"{type(policy).__name__} judges a prompt by its queries."
+                )
+            rows = (batch, heads, num_heads // heads, num_probes)
+            probes = Probes(
+                q=jnp.zeros((*rows, head_dim)), lse=jnp.zeros(rows), at=jnp.full((batch, num_probes), -1, jnp.int32)
+            )
+    return PromptCache(
+        base=cache,
+        staged=staged,
+        probes=probes,
+        filled=jnp.zeros_like(cache.length),
+        policy=policy if policy.looks_at_prompt else None,
+        sliding_window=cache.spec.sliding_window,
+        fresh=fresh,
+        final=final,
+    )
 
 
-def close_prompt(prompt: PromptCache) -> LayerCache:
-    """Rank and compress the staged tokens and return the cache that holds them."""
+def detach(prompt: PromptCache) -> tuple[LayerCache, PromptCache]:
+    """Take the cache out of a fresh, staged prompt, which needs it again only when it closes.
+
+    What remains reads its chunks with one program for all methods whose policies do not look at prompts.
+
+    Raises:
+      ValueError: If the prompt continues a conversation, is not staged, or closes by itself.
+    """
+    if prompt.base is None or not prompt.fresh or prompt.staged is None or prompt.final:
+        raise ValueError("detach needs a fresh prompt that stages chunks, still attached to its cache and not final.")
+    return prompt.base, dataclasses.replace(prompt, base=None)
+
+
+def close_prompt(prompt: PromptCache, base: LayerCache | None = None) -> LayerCache:
+    """Rank and compress the staged tokens and return the cache that holds them.
+
+    Args:
+      prompt: See `open_prompt`.
+      base: The cache that `detach` took out of it, if it did.
+
+    Raises:
+      ValueError: If there is no cache, or two.
+    """
+    if (prompt.base is None) == (base is None):
+        raise ValueError("close_prompt needs the prompt's cache once: attached, or detached as `base`.")
+    cache = cast(LayerCache, prompt.base if base is None else base)
     if prompt.staged is None:
-        return prompt.base
-    return (fill if prompt.fresh else absorb)(prompt.base, prompt.staged, prompt.filled)
+        return cache
+    return _close(prompt, cache, prompt.staged)
+
+
+def _close(prompt: PromptCache, cache: LayerCache, staged: Exact) -> LayerCache:
+    if prompt.policy is not None and prompt.policy.keeps_stat:
+        seen = Prompt(
+            k=staged.k,
+            v=staged.v,
+            length=prompt.filled,
+            probes=prompt.probes,
+            soft_cap=prompt.soft_cap,
+            sliding_window=prompt.sliding_window,
+        )
+        staged = dataclasses.replace(staged, stat=prompt.policy.from_prompt(staged.stat, seen))
+    return (fill if prompt.fresh else absorb)(cache, staged, prompt.filled)
 
 
 def prefill(
@@ -121,49 +188,72 @@ def extend(
     Returns:
       out [B, T, H, D], exact over the prompt, and the prompt; the closed cache if it was `final`.
     """
-    check_fits(prompt.base, q, k, v)
+    base = prompt.base
+    check_fits(cast(Exact, prompt.staged or cast(LayerCache, base).window), q, k, v)
     length = jnp.full(q.shape[0], q.shape[1], jnp.int32) if length is None else length
     staged = _stage(prompt, k, v)
-    window, policy = prompt.base.spec.sliding_window, prompt.base.spec.policy
     grouped = group_queries(scaled(q, sm_scale), k.shape[2])
-    acc, top, total = prefill_op.prefill(
-        grouped, staged.k, staged.v, prompt.filled, soft_cap=soft_cap, sliding_window=window
-    )
+    options = {"soft_cap": soft_cap, "sliding_window": prompt.sliding_window}
+    acc, top, total = prefill_op.prefill(grouped, staged.k, staged.v, prompt.filled, **options)
     rows = (*grouped.shape[:2], -1)
     state = AttnState(acc=acc.reshape(*rows, q.shape[-1]), max=top.reshape(rows), sum=total.reshape(rows))
-    base = prompt.base
-    if not prompt.fresh:
+    if not prompt.fresh and base is not None:
         queries = make_queries(_seen(base, prompt.filled), q, length, sm_scale, soft_cap)
         state, base = attend_held(base, queries, frozen=True, beside=state)
-    if policy.needs_probs:
-        received = prefill_op.mass(
-            grouped,
-            staged.k,
-            lse(state).reshape(grouped.shape[:4]),
-            prompt.filled,
-            length,
-            soft_cap=soft_cap,
-            sliding_window=window,
-        )
-        pos = (prompt.base.length[:, None] + jnp.arange(staged.k.shape[2])[None])[:, None]
-        staged = dataclasses.replace(staged, stat=policy.observe(staged.stat, received, pos))
-    prompt = dataclasses.replace(prompt, base=base, staged=staged, filled=prompt.filled + length)
-    return output(state, q), close_prompt(prompt) if prompt.final else prompt
+    chunk = Probes(
+        q=grouped, lse=lse(state).reshape(grouped.shape[:4]), at=stands_at(prompt.filled, length, q.shape[1])
+    )
+    if prompt.policy is not None and prompt.policy.needs_probs:
+        received = prefill_op.mass(grouped, staged.k, chunk.lse, prompt.filled, length, **options)
+        before = jnp.zeros_like(length) if prompt.fresh or base is None else base.length
+        pos = next_positions(before, staged.k.shape[2])[:, None]
+        staged = dataclasses.replace(staged, stat=prompt.policy.observe(staged.stat, received, pos))
+    read = dataclasses.replace(prompt, base=base, probes=_keep(prompt, chunk), filled=prompt.filled + length)
+    if read.probes is not None:
+        read = dataclasses.replace(read, soft_cap=soft_cap)
+    if prompt.final:
+        return output(state, q), _close(read, cast(LayerCache, base), staged)
+    return output(state, q), dataclasses.replace(read, staged=staged)
 
 
 def positions(cache: LayerCache | PromptCache, num_tokens: int) -> jax.Array:
     """Text positions of the next `num_tokens` tokens of every row, i32[B, T]."""
-    seen = cache.base.length + cache.filled if isinstance(cache, PromptCache) else cache.length
-    return next_positions(seen, num_tokens)
+    if not isinstance(cache, PromptCache):
+        return next_positions(cache.length, num_tokens)
+    return next_positions(cache.filled if cache.base is None else cache.base.length + cache.filled, num_tokens)
+
+
+def _keep(prompt: PromptCache, chunk: Probes) -> Probes | None:
+    """Those of the probes so far and the chunk's queries that the policy wants to see at the end."""
+    if prompt.policy is None:
+        return None
+    num_queries = chunk.at.shape[1]
+    num = prompt.probes.at.shape[1] if prompt.probes is not None else prompt.policy.num_probes(num_queries)
+    if not num:
+        return None
+    seen = chunk
+    if prompt.probes is not None:
+        seen = Probes(
+            q=jnp.concatenate([prompt.probes.q, chunk.q], 3),
+            lse=jnp.concatenate([prompt.probes.lse, chunk.lse], 3),
+            at=jnp.concatenate([prompt.probes.at, chunk.at], 1),
+        )
+    index = prompt.policy.choose_probes(seen.at, min(num, seen.at.shape[1]))
+    rows = index[:, None, None]
+    return Probes(
+        q=jnp.take_along_axis(seen.q, rows[..., None], 3),
+        lse=jnp.take_along_axis(seen.lse, rows, 3),
+        at=jnp.take_along_axis(seen.at, index, 1),
+    )
 
 
 def _stage(prompt: PromptCache, k: jax.Array, v: jax.Array) -> Exact:
     """Write a chunk k, v [B, T, K, D] behind what each row has staged; without staging it is the whole prompt."""
-    dtype = prompt.base.window.k.dtype
+    dtype = cast(Exact, prompt.staged or cast(LayerCache, prompt.base).window).k.dtype
     k, v = k.swapaxes(1, 2).astype(dtype), v.swapaxes(1, 2).astype(dtype)
     if prompt.staged is None:
-        stat = jnp.zeros(k.shape[:3]) if prompt.base.spec.policy.needs_probs else None
-        return Exact(k=k, v=v, stat=stat)
+        keeps_stat = prompt.policy is not None and prompt.policy.keeps_stat
+        return Exact(k=k, v=v, stat=jnp.zeros(k.shape[:3]) if keeps_stat else None)
     if k.shape[2] > prompt.staged.k.shape[2]:
         raise ValueError(f"a chunk of T={k.shape[2]} tokens exceeds the prompt's capacity={prompt.staged.k.shape[2]}.")
     write = jax.vmap(lambda x, new, at: lax.dynamic_update_slice_in_dim(x, new, at, 1))

@@ -46,7 +46,7 @@ def decode(
     Raises:
       ValueError: If shapes disagree with the cache, or T exceeds `block_size`.
     """
-    check_fits(cache, q, k, v)
+    check_fits(cache.window, q, k, v)
     if q.shape[1] > cache.spec.block_size:
         raise ValueError(
             f"decode takes at most block_size={cache.spec.block_size} tokens a call, got T={q.shape[1]}; "

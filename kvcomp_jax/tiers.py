@@ -52,13 +52,14 @@ def init_tier(rung: Rung, spec: LayerSpec, batch: int, num_kv_heads: int, head_d
     def nothing(codec: Codec) -> Encoded:  # arrays of its own for each call: a donated cache may share none
         return codec.encode(jnp.zeros((*slots, head_dim), dtype), jnp.zeros(slots, jnp.int32))
 
+    k_codec, v_codec = (codec.prepare(batch, num_kv_heads, head_dim) for codec in (rung.k, rung.v))
     return Tier(
-        k_codec=rung.k,
-        v_codec=rung.v,
-        k=nothing(rung.k),
-        v=nothing(rung.v),
+        k_codec=k_codec,
+        v_codec=v_codec,
+        k=nothing(k_codec),
+        v=nothing(v_codec),
         pos=None if spec.policy.fifo else jnp.full(slots, -1, jnp.int32),
-        stat=jnp.zeros(slots) if spec.policy.needs_probs else None,
+        stat=jnp.zeros(slots) if spec.policy.keeps_stat else None,
         entered=jnp.zeros(batch, jnp.int32),
         limit=jnp.full(batch, rung.capacity, jnp.int32),
         capacity=rung.capacity,

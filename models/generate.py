@@ -130,7 +130,7 @@ def prefill(
         row[: len(ids)] = ids
     whole = jnp.asarray(lengths, jnp.int32)
     rope_len = whole if rope_len is None else rope_len
-    prompt = tuple(kvc.open_prompt(c, 0 if passes == 1 else passes * chunk, final=passes == 1) for c in caches)
+    prompt, bases = _open(lm, caches, 0 if passes == 1 else passes * chunk)
     logits = jnp.zeros((len(prompts), lm.config.vocab_size))
     work_s = compile_s = 0.0
     for i in range(passes):
@@ -140,10 +140,17 @@ def prefill(
         work_s, compile_s = work_s + seconds, compile_s + compiling
     if passes == 1:
         return logits, prompt, work_s, compile_s
-    bases = tuple(p.base for p in prompt)
-    rest = tuple(dataclasses.replace(p, base=None) for p in prompt)
-    caches, seconds, compiling = timed(_close, None, bases, rest)
+    caches, seconds, compiling = timed(_close, None, bases, prompt)
     return logits, caches, work_s + seconds, compile_s + compiling
+
+
+def _open(lm: LanguageModel, caches: tuple[Any, ...], capacity: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Prompts to read chunks with, and the caches that were detached from them; none are if one pass does it all."""
+    heads = lm.config.num_heads
+    if not capacity:
+        return tuple(kvc.open_prompt(c, 0, final=True, num_heads=heads) for c in caches), ()
+    bases, prompts = zip(*(kvc.detach(kvc.open_prompt(c, capacity, num_heads=heads)) for c in caches), strict=True)
+    return prompts, bases
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
@@ -162,9 +169,9 @@ def _read_chunk(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _close(_: None, bases: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Any, ...]:
+def _close(_: None, bases: tuple[Any, ...], prompts: tuple[Any, ...]) -> tuple[Any, ...]:
     """Compress the staged prompts; apart from `_read_chunk`, because staged tokens become no output to donate to."""
-    return tuple(kvc.close_prompt(dataclasses.replace(p, base=b)) for b, p in zip(bases, rest, strict=True))
+    return tuple(kvc.close_prompt(prompt, base) for base, prompt in zip(bases, prompts, strict=True))
 
 
 def _decode(

@@ -60,3 +60,24 @@ class Codec(abc.ABC):
         """Return this codec for input rows of `dtype`; most need not know."""
         del dtype
         return self
+
+    def prepare(self, batch: int, num_kv_heads: int, head_dim: int) -> "Codec":
+        """Return this codec with its parameters as arrays [B, K, ...], as an empty cache has them; most have none.
+
+        A codec in a `LayerSpec` is static: its array fields are None, and what was calibrated is a `types.Constant`.
+        In a cache they are arrays that lead with B like all others, so that each row may have its own.
+        """
+        del batch, num_kv_heads, head_dim
+        return self
+
+    def fit(self, x: jax.Array, live: jax.Array) -> "Codec":
+        """Return this codec with the parameters that suit a prompt; most have none.
+
+        Every rung of a cache fits to the whole prompt, so codecs of equal static fields have equal parameters there.
+
+        Args:
+          x: Rows [B, K, S, D] of a whole prompt, before they are ranked.
+          live: bool[B, 1, S], which of them are tokens.
+        """
+        del x, live
+        return self
