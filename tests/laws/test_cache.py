@@ -131,12 +131,13 @@ def test_chunked_prompts_give_the_same_cache_as_one_pass(text):
     q, k, v = qkv(5, 4, 80)
     _, _, _, whole = run(text, q, k, v, lengths, steps=10)
     cache = make(text, batch=4, num_kv_heads=2, max_len=80, prompt_lens=lengths)
-    prompt, length, outs = kvc.open_prompt(cache, 80), jnp.array(lengths), []
+    base, prompt = kvc.detach(kvc.open_prompt(cache, 80, num_heads=4))
+    length, outs = jnp.array(lengths), []
     for start in range(0, 80, chunk):
         here = slice(start, start + chunk)
         out, prompt = attend(prompt, q[:, here], k[:, here], v[:, here], jnp.clip(length - start, 0, chunk))
         outs.append(out)
-    chunked = close_prompt(prompt)
+    chunked = close_prompt(prompt, base)
     assert jax.tree.structure(chunked) == jax.tree.structure(whole)
     same_slots(chunked, whole)
     out = jnp.concatenate(outs, 1)
@@ -358,3 +359,10 @@ def test_wrong_shapes_are_refused():
         insert_row(cache, 0, other)
     with pytest.raises(ValueError, match="exceeds the prompt's capacity=2"):
         attend(kvc.open_prompt(cache, 2), q, k, v)
+    base, prompt = kvc.detach(kvc.open_prompt(cache, 8))
+    for wrong in (lambda: kvc.close_prompt(prompt), lambda: kvc.close_prompt(kvc.open_prompt(cache, 8), base)):
+        with pytest.raises(ValueError, match="needs the prompt's cache once"):
+            wrong()
+    for whole in (kvc.open_prompt(cache, 0, final=True), kvc.open_prompt(cache, 8, fresh=False), prompt):
+        with pytest.raises(ValueError, match="detach needs a fresh prompt"):
+            kvc.detach(whole)

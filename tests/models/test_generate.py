@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import models
+from models import generate, programs
 from tests.experiments.tiny import write_model
 from tests.models.golden import PROMPT, forward, load
 
@@ -100,3 +101,16 @@ def test_bad_calls_are_refused(prompts, options, words):
     lm, _ = load("llama")
     with pytest.raises(ValueError, match=words):
         lm.generate(prompts, **options)
+
+
+def test_methods_share_the_program_that_reads_long_prompts(monkeypatch):
+    """Compressing comes after reading, so only what a policy wants to see of a prompt makes reading another program."""
+    monkeypatch.setattr(programs, "_programs", {})
+    monkeypatch.setattr(generate, "CHUNK", 32)
+    lm, _ = load("llama")
+    prompt = [list(range(20, 90))]
+    for method in ("full", "int4", "kivi:bits=2,group_size=16,residual=16", "streaming_llm:budget=16"):
+        lm.generate(prompt, method, max_new_tokens=2)
+    assert [key[0] for key in programs._programs].count(generate._read_chunk) == 1
+    lm.generate(prompt, "h2o:budget=20", max_new_tokens=2)
+    assert [key[0] for key in programs._programs].count(generate._read_chunk) == 2
