@@ -88,10 +88,18 @@ def _version(package: str) -> str:
 
 
 def split_methods(text: str) -> list[str]:
-    """Split a list of methods at semicolons; each is brought to its canonical form, repeated ones are dropped."""
+    """Split a list of methods at semicolons; each is brought to its canonical form, repeated ones are dropped.
+
+    "all-quantising", "all-selecting" and "all" stand for every method of that kind in the settings of its source.
+    """
     import kvcomp_jax as kvc
 
-    methods = [str(kvc.parse(part.strip())) for part in text.split(";") if part.strip()]
+    groups = {"all-quantising": ("quantise",), "all-selecting": ("select",), "all": ("none", "quantise", "select")}
+    parts: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        found = [info for info in kvc.METHODS.values() if info.axis in groups.get(part, ())]
+        parts += [f"{info.name}:{setting}" for info in found for setting in info.settings] or [part]
+    methods = [str(kvc.parse(part)) for part in parts]
     if not methods:
         raise ValueError(f"--methods {text!r} names no method; example: 'full;kivi:bits=2'.")
     return list(dict.fromkeys(methods))

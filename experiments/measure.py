@@ -22,6 +22,12 @@ def saves(held: kvc.Bytes, full: kvc.Bytes) -> bool:
     return held.used < 0.99 * full.used
 
 
+def read_by(cache: kvc.LayerCache, num_heads: int) -> str:
+    """What reads a layer's rungs in a decode step, e.g. "quantized_decode / cpu"."""
+    used = kvc.kernels_in_use(cache, num_heads=num_heads)
+    return ", ".join(dict.fromkeys(f"{tier.operation} / {tier.backend}" for tier in used)) or "exact window"
+
+
 class Bench:
     """A model, its windows of text, and the full cache's logits on them as the reference."""
 
@@ -82,6 +88,7 @@ class Bench:
         stepper = Stepper(lm, plan, self.config.decode_steps)
         row = {
             "bytes": kvc.nbytes(caches),
+            "kernel": read_by(caches[0], lm.config.num_heads),
             "prefill_s": statistics.median(seconds),
             "prefill_s_range": [min(seconds), max(seconds)],
             "compile_s": compile_s,

@@ -1,4 +1,4 @@
-"""List the methods: what each does, its options and where it comes from."""
+"""List the methods: what each does, when to take it, its options and where it comes from."""
 
 import dataclasses
 import sys
@@ -24,9 +24,8 @@ def main(config: Config) -> None:
     for info in kvc.METHODS.values():
         options = ", ".join(f"{name}={option.default}" for name, option in info.options.items())
         calibration = "yes" if info.calibration else "no"
-        table.add_row(
-            f"{info.name}\n[dim]{info.summary}[/dim]", info.axis, info.bits, calibration, options, info.source
-        )
+        what = f"{info.name}\n[dim]{info.summary}[/dim]" + (f"\n{info.advice}" if info.advice else "")
+        table.add_row(what, info.axis, info.bits, calibration, options, info.source)
     console = Console()
     console.print(table)
     console.print(

@@ -49,6 +49,7 @@ COLUMNS = (
     ("prefill s", "Seconds to read and compress the context (median over windows)."),
     ("decode tok/s", "Tokens generated a second: median, and lowest to highest."),
     ("× full speed", "Decoding speed against the full cache, measured in turn in the same process."),
+    ("read by", "The operation and backend that read the compressed part in a decode step."),
     ("note", "What else to know."),
 )
 
@@ -80,6 +81,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['prefill_s']:.2f}",
         f"{row['decode_tokens_per_s']:.1f} ({low:.1f}–{high:.1f})",
         f"{row['decode_vs_full']:.2f}",
+        row.get("kernel", ""),
         row["note"],
     ]
 

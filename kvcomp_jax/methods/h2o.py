@@ -5,7 +5,13 @@ from kvcomp_jax.policies import HeavyHitter
 from kvcomp_jax.spec import LayerSpec, exact_rung
 
 
-@method(axis="select", bits="16 or 32", source="H2O, Zhang et al. 2023, arXiv:2306.14048")
+@method(
+    axis="select",
+    bits="16 or 32",
+    source="H2O, Zhang et al. 2023, arXiv:2306.14048",
+    advice="A fixed number of tokens for ever, chosen by attention; every step needs probabilities.",
+    settings=("budget=0.5", "budget=0.2"),
+)
 def h2o(
     context: Context,
     *,

@@ -6,7 +6,12 @@ from kvcomp_jax.policies import Recency
 from kvcomp_jax.spec import LayerSpec, Rung, blocks
 
 
-@method(axis="quantise", bits="8", source="MaxText quantised cache (absmax per token and head)")
+@method(
+    axis="quantise",
+    bits="8",
+    source="MaxText quantised cache (absmax per token and head)",
+    advice="First choice: a quarter of float32, half of bfloat16, and no loss that perplexity shows.",
+)
 def int8(
     context: Context,
     *,
@@ -21,7 +26,12 @@ def int8(
     return _one_rung(context, codec, num_sinks, window, block_size)
 
 
-@method(axis="quantise", bits="4", source="lmdeploy KV4 (asymmetric per token and head)")
+@method(
+    axis="quantise",
+    bits="4",
+    source="lmdeploy KV4 (asymmetric per token and head)",
+    advice="Simple and fast at 4.5 bits; methods with finer groups lose less at the same width.",
+)
 def int4(
     context: Context,
     *,

@@ -6,7 +6,13 @@ from kvcomp_jax.policies import Recency
 from kvcomp_jax.spec import LayerSpec, Rung, blocks
 
 
-@method(axis="quantise", bits="2, 3, 4, 8", source="KIVI, Liu et al. 2024, arXiv:2402.02750")
+@method(
+    axis="quantise",
+    bits="2, 3, 4, 8",
+    source="KIVI, Liu et al. 2024, arXiv:2402.02750",
+    advice="Long contexts at 4 bits with little loss; at 2 bits test your task first. Short ones pay for the residual.",
+    settings=("bits=2", "bits=4"),
+)
 def kivi(
     context: Context,
     *,

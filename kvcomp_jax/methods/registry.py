@@ -43,14 +43,26 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class MethodInfo:
-    """One row of the table `METHODS`."""
+    """One row of the table `METHODS`.
+
+    Attributes:
+      name, axis, source: What it is called, what it does to tokens, and who published it.
+      bits: Of a stored value, without metadata; for people.
+      summary: One sentence.
+      build: Returns the spec.
+      advice: When to take it, one sentence.
+      settings: Options of the settings that its source reports, as on a command line; "" is the defaults.
+      calibration: Whether it needs a file that `experiments.calibrate` makes.
+    """
 
     name: str
     axis: Axis
-    bits: str  # of a stored value, without metadata; for people
+    bits: str
     source: str
     summary: str
     build: Callable[..., LayerSpec]
+    advice: str = ""
+    settings: tuple[str, ...] = ("",)
     calibration: bool = False
 
     @property
@@ -62,15 +74,23 @@ class MethodInfo:
 METHODS: dict[str, MethodInfo] = {}
 
 
-def method(*, axis: Axis, bits: str, source: str, calibration: bool = False) -> Callable:
-    """Register a function `(context, *, options) -> LayerSpec` under its own name."""
+def method(
+    *,
+    axis: Axis,
+    bits: str,
+    source: str,
+    advice: str = "",
+    settings: tuple[str, ...] = ("",),
+    calibration: bool = False,
+) -> Callable:
+    """Register a function `(context, *, options) -> LayerSpec` under its own name; see `MethodInfo`."""
 
     def register(build: Callable[..., LayerSpec]) -> Callable[..., LayerSpec]:
         name = build.__name__
         if name in METHODS:
             raise ValueError(f"method {name!r} is registered already.")
         summary = (inspect.getdoc(build) or "").partition("\n")[0]
-        METHODS[name] = MethodInfo(name, axis, bits, source, summary, build, calibration)
+        METHODS[name] = MethodInfo(name, axis, bits, source, summary, build, advice, settings, calibration)
         return build
 
     return register

@@ -5,7 +5,13 @@ from kvcomp_jax.policies import Recency
 from kvcomp_jax.spec import LayerSpec
 
 
-@method(axis="select", bits="16 or 32", source="StreamingLLM, Xiao et al. 2023, arXiv:2309.17453")
+@method(
+    axis="select",
+    bits="16 or 32",
+    source="StreamingLLM, Xiao et al. 2023, arXiv:2309.17453",
+    advice="Endless streams where only the recent text matters; the cheapest of all.",
+    settings=("budget=0.5", "budget=0.25"),
+)
 def streaming_llm(context: Context, *, budget: int | float = 512, num_sinks: int = 4) -> LayerSpec:
     """Keep the first `num_sinks` tokens and the most recent ones, `budget` tokens together.
 

@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
+import kvcomp_jax as kvc
 from experiments import compare, generate, memory, methods
-from experiments.cli import run
+from experiments.cli import run, split_methods
 from tests.experiments import tiny
 
 SIZES = ["--context", "64", "--score", "32", "--windows", "2", "--decode-steps", "4"]
@@ -89,6 +90,17 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match="a bug"):
         run(methods.Config, broken, [])
+
+
+def test_all_of_a_kind_are_listed_in_the_settings_of_their_sources():
+    listed = split_methods("full;all-quantising;int4")
+    wanted = {name for name, info in kvc.METHODS.items() if info.axis == "quantise"}
+    assert {kvc.parse(text).name for text in listed} == {"full"} | wanted
+    assert len(listed) == len(set(listed))
+    settings = sum(len(info.settings) for info in kvc.METHODS.values() if info.axis == "quantise")
+    assert len(listed) == settings + 1  # int4 is among them
+    assert "kivi:bits=4" in listed
+    assert split_methods("all")[0] == "full"
 
 
 def test_help_explains_every_option(capsys):

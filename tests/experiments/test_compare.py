@@ -17,7 +17,7 @@ from tests.experiments import tiny
 SIZES = ["--context", "64", "--score", "32", "--windows", "2", "--decode-steps", "4", "--repeats", "2"]
 KEYS = {
     "method", "perplexity", "kl", "top1", "bytes_allocated", "bytes_used", "bytes_metadata", "bits_per_value",
-    "times_smaller", "prefill_s", "compile_s", "decode_tokens_per_s", "decode_tokens_per_s_range", "note",
+    "times_smaller", "prefill_s", "compile_s", "decode_tokens_per_s", "decode_tokens_per_s_range", "kernel", "note",
 }  # fmt: skip
 META_KEYS = {
     "command", "versions", "device", "model", "text", "seed", "context", "score", "windows", "stream", "methods",

@@ -25,6 +25,7 @@ ROW = {
     "decode_tokens_per_s": 31.4,
     "decode_tokens_per_s_range": [30.2, 32.6],
     "decode_vs_full": 0.97,
+    "kernel": "quantized_decode / cpu",
     "note": "",
 }
 META = {
