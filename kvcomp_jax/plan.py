@@ -89,7 +89,12 @@ class CachePlan:
 
 
 def _limited(cache: LayerCache, specs: list[LayerSpec]) -> LayerCache:
-    """Restrict each row of a cache to the sizes of its own spec."""
+    """Restrict each row of a cache to the sizes of its own spec.
+
+    A short row's budget may call for another kind of cache in a sliding-window layer, one that evicts, where the longest
+    row's is a ring of the whole window; such a row gets the ring, and loses nothing.
+    """
+    specs = [spec if len(spec.rungs) == len(cache.spec.rungs) else cache.spec for spec in specs]
     for spec in specs:
         wide = [cache.spec.window, *(tier.capacity for tier in cache.tiers)]
         if any(a > b for a, b in zip([spec.window, *(r.capacity for r in spec.rungs)], wide, strict=True)):

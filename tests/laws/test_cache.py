@@ -53,6 +53,13 @@ def run(text, q, k, v, lengths, *, steps=STEPS, heads=(4, 2), window=None, dtype
     return out, decoded, cache, after_prompt
 
 
+def prompted(text, q, k, v):
+    """The cache after prompts of `lengths_for(text)`, of the sizes that `run` has, so that programs are shared."""
+    prompt, lengths = max(LENGTHS), lengths_for(text)
+    cache = make(text, batch=4, num_kv_heads=2, max_len=prompt + STEPS, prompt_lens=lengths)
+    return prefill(cache, q[:, :prompt], k[:, :prompt], v[:, :prompt], jnp.array(lengths))[1]
+
+
 def exact(q, k, v, window=None):
     return kvc.causal_attention(q, k, v, sliding_window=window)
 
@@ -115,12 +122,11 @@ def test_ragged_rows_give_what_each_gives_alone(text):
 
 @pytest.mark.parametrize("text", METHODS)
 def test_replacing_one_row_changes_no_other(text):
-    q, k, v = qkv(4, 3, 100)
+    q, k, v = qkv(4, 4, max(LENGTHS) + STEPS)
     changed = [x.at[1].set(x[1] * -3.0 + 1.0) for x in (q, k, v)]
-    lengths = [60, 60, 31]
-    _, before, _, _ = run(text, q, k, v, lengths, steps=20)
-    _, after, _, _ = run(text, *changed, lengths, steps=20)
-    for row in (0, 2):
+    _, before, _, _ = run(text, q, k, v, lengths_for(text))
+    _, after, _, _ = run(text, *changed, lengths_for(text))
+    for row in (0, 2, 3):
         chex.assert_trees_all_close(before[row], after[row], rtol=1e-6, atol=1e-6)
     assert not bool(jnp.allclose(before[1], after[1], atol=1e-3))
 
@@ -128,9 +134,9 @@ def test_replacing_one_row_changes_no_other(text):
 @pytest.mark.parametrize("text", METHODS)
 def test_chunked_prompts_give_the_same_cache_as_one_pass(text):
     lengths, chunk = lengths_for(text), 16
-    q, k, v = qkv(5, 4, 80)
-    _, _, _, whole = run(text, q, k, v, lengths, steps=10)
-    cache = make(text, batch=4, num_kv_heads=2, max_len=80, prompt_lens=lengths)
+    q, k, v = qkv(5, 4, max(LENGTHS) + STEPS)
+    _, _, _, whole = run(text, q, k, v, lengths)
+    cache = make(text, batch=4, num_kv_heads=2, max_len=max(LENGTHS) + STEPS, prompt_lens=lengths)
     base, prompt = kvc.detach(kvc.open_prompt(cache, 80, num_heads=4))
     length, outs = jnp.array(lengths), []
     for start in range(0, 80, chunk):
@@ -163,12 +169,12 @@ BY_AGE = [m for m in METHODS if not m.startswith("h2o")]
 @pytest.mark.parametrize("text", [m for m in BY_AGE if "0.5" not in m])
 def test_prefill_then_decode_leaves_the_cache_of_a_longer_prefill(text):
     """Codes are the same whether tokens came in the prompt or one by one."""
-    q, k, v = qkv(6, 2, 140)
-    short = make(text, batch=2, num_kv_heads=2, max_len=140)
-    _, short = prefill(short, q[:, :50], k[:, :50], v[:, :50])
-    _, short = decode_many(short, q[:, 50:], k[:, 50:], v[:, 50:])
+    lengths = [max(LENGTHS)] * 4
+    q, k, v = qkv(6, 4, max(LENGTHS) + STEPS)
+    _, _, short, _ = run(text, q, k, v, lengths)
     size = short.spec.block_size
-    _, whole = prefill(make(text, batch=2, num_kv_heads=2, max_len=140), q, k, v)
+    empty = make(text, batch=4, num_kv_heads=2, max_len=max(LENGTHS) + STEPS, prompt_lens=lengths)
+    _, whole = prefill(empty, q, k, v, jnp.array(lengths) + STEPS)
     for _ in range(3):  # a stream settles at most one block a call; let it catch up
         short = settle(short)
     if whole.spec.rungs:
@@ -176,7 +182,8 @@ def test_prefill_then_decode_leaves_the_cache_of_a_longer_prefill(text):
     if bool((short.settled == whole.settled).all()):
         same_slots(short, whole)
         for x, y in zip(short.tiers, whole.tiers, strict=True):
-            chex.assert_trees_all_equal((x.k, x.v), (y.k, y.v))
+            if bool((y.entered >= y.capacity).all()):  # empty slots may hold anything
+                chex.assert_trees_all_equal((x.k, x.v), (y.k, y.v))
 
 
 BUDGETED = [
@@ -224,34 +231,32 @@ def assert_no_duplicates(cache):
 
 @pytest.mark.parametrize("text", METHODS)
 def test_ten_steps_keep_the_structure_and_compile_once(text):
-    q, k, v = qkv(9, 2, 60)
-    cache = make(text, batch=2, num_kv_heads=2, max_len=80, prompt_lens=[50, 20])
-    _, cache = prefill(cache, q[:, :50], k[:, :50], v[:, :50], jnp.array([50, 20]))
-    step, settle = jax.jit(lambda *a: kvc.decode(*a)), jax.jit(lambda c: kvc.settle(c))
-    avals = jax.tree.map(jax.typeof, cache)
-    for t in range(50, 60):
-        _, cache = step(cache, q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1])
+    q, k, v = qkv(9, 4, max(LENGTHS) + STEPS)
+    cache = prompted(text, q, k, v)
+    avals, compiled = jax.tree.map(jax.typeof, cache), []
+    for t in range(10):
+        _, cache = decode(cache, q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1])
         cache = settle(cache)
         assert jax.tree.map(jax.typeof, cache) == avals
-    assert step._cache_size() == 1
-    assert settle._cache_size() == 1
+        compiled.append((decode._cache_size(), settle._cache_size()))
+    assert compiled == compiled[:1] * 10
 
 
 @pytest.mark.parametrize("text", METHODS)
 def test_rows_come_and_go_without_touching_others(text):
-    q, k, v = qkv(10, 3, 90)
-    lengths = [60, 25, 44]
-    many = make(text, batch=3, num_kv_heads=2, max_len=100, prompt_lens=[60, 60, 60])
+    prompt, lengths = max(LENGTHS), [60, 25, 44, 70]
+    q, k, v = qkv(10, 4, prompt + STEPS)
+    many = make(text, batch=4, num_kv_heads=2, max_len=prompt + STEPS, prompt_lens=[prompt] * 4)
     ones = []
     for row, n in enumerate(lengths):
-        one = make(text, batch=1, num_kv_heads=2, max_len=100, prompt_lens=[60])
-        _, one = prefill(one, *(x[row : row + 1, :60] for x in (q, k, v)), jnp.array([n]))
+        one = make(text, batch=1, num_kv_heads=2, max_len=prompt + STEPS, prompt_lens=[prompt])
+        _, one = prefill(one, *(x[row : row + 1, :prompt] for x in (q, k, v)), jnp.array([n]))
         ones.append(one)
         many = insert_row(many, row, one)
     many = free_row(many, 1)
     assert kvc.live_tokens(many)[1] == 0
     many = insert_row(many, 1, ones[1])
-    step = (q[:, 60:61], k[:, 60:61], v[:, 60:61])
+    step = (q[:, prompt : prompt + 1], k[:, prompt : prompt + 1], v[:, prompt : prompt + 1])
     out, _ = decode(many, *step)
     for row, one in enumerate(ones):
         alone, _ = decode(one, *(x[row : row + 1] for x in step))
@@ -260,21 +265,21 @@ def test_rows_come_and_go_without_touching_others(text):
 
 @pytest.mark.parametrize("text", METHODS)
 def test_rows_with_no_real_token_stay_as_they_are(text):
-    q, k, v = qkv(11, 2, 51)
-    cache = make(text, batch=2, num_kv_heads=2, max_len=80, prompt_lens=[50, 50])
-    _, cache = prefill(cache, q[:, :50], k[:, :50], v[:, :50])
-    _, after = decode(cache, q[:, 50:], k[:, 50:], v[:, 50:], jnp.array([1, 0]))
-    chex.assert_trees_all_equal(*(jax.tree.map(lambda x: x[1], c) for c in (cache, after)))
+    q, k, v = qkv(11, 4, max(LENGTHS) + STEPS)
+    cache = prompted(text, q, k, v)
+    _, after = decode(cache, q[:, :1], k[:, :1], v[:, :1], jnp.array([1, 0, 1, 0]))
+    for row in (1, 3):
+        chex.assert_trees_all_equal(*(jax.tree.map(lambda x, row=row: x[row], c) for c in (cache, after)))
 
 
 @pytest.mark.parametrize("text", [*METHODS, "full:block_size=64"])
 @pytest.mark.parametrize("window", [16, 48])
 def test_sliding_window_layers_never_exceed_their_window(text, window):
-    q, k, v = qkv(12, 2, 110)
-    lengths = [70, 33]
+    q, k, v = qkv(12, 4, max(LENGTHS) + STEPS)
+    lengths = lengths_for(text)
     _, decoded, cache, _ = run(text, q, k, v, lengths, window=window)
-    ring = 2 * 2 * 2 * window * HEAD_DIM * 4  # batch, k and v, heads
-    counters = 4 * 2 * (3 + 2 * len(cache.tiers))
+    ring = 4 * 2 * 2 * window * HEAD_DIM * 4  # batch, k and v, heads
+    counters = 4 * 4 * (3 + 2 * len(cache.tiers))
     assert kvc.nbytes(cache).allocated <= ring + counters
     if text.startswith("full"):
         whole = exact(q, k, v, window)
@@ -316,11 +321,10 @@ def test_bfloat16_caches_stay_bfloat16(text):
 @pytest.mark.parametrize("text", METHODS)
 def test_a_chunk_on_top_of_a_filled_cache(text):
     """The next turn of a chat: exact among its own tokens, everything kept afterwards."""
-    q, k, v = qkv(15, 2, 110)
-    lengths, turn = jnp.array([60, 25]), jnp.array([30, 11])
-    cache = make(text, batch=2, num_kv_heads=2, max_len=110, prompt_lens=[60, 25])
-    _, cache = prefill(cache, q[:, :60], k[:, :60], v[:, :60], lengths)
-    prompt = kvc.open_prompt(cache, 32, fresh=False)
+    q, k, v = qkv(15, 4, max(LENGTHS) + STEPS)
+    lengths, turn = jnp.array(lengths_for(text)), jnp.array([30, 11, 1, 29])
+    cache = prompted(text, q, k, v)
+    prompt = kvc.open_prompt(cache, 32, fresh=False, num_heads=4)
     at = lengths[:, None] + jnp.arange(32)[None]
     more = [jnp.take_along_axis(x, at[..., None, None], 1) for x in (q, k, v)]
     out, prompt = attend(prompt, *more, turn)
@@ -329,7 +333,7 @@ def test_a_chunk_on_top_of_a_filled_cache(text):
     assert_no_duplicates(after)
     if text.startswith("full"):
         whole = exact(q, k, v)
-        for row in range(2):
+        for row in range(4):
             lo, n = int(lengths[row]), int(turn[row])
             chex.assert_trees_all_close(out[row, :n], whole[row, lo : lo + n], atol=1e-5)
         np.testing.assert_array_equal(kvc.live_tokens(after), lengths + turn)
