@@ -18,7 +18,7 @@ demo: $(VENV)/.run assets
 	$(BIN)/python -m experiments.compare --text $(TEXT) --out runs/compare
 
 test: $(VENV)/.test
-	$(QUICK) $(BIN)/python -m pytest -n 2 -m "not slow and not real_model" $(ARGS)
+	$(QUICK) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not real_model" $(ARGS)
 
 test-slow: $(VENV)/.test assets
 	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest -n 2 -m "slow or real_model" --ignore tests/kernels $(ARGS)
