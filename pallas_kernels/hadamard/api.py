@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats import Format, Quantized
-from pallas_kernels.hadamard.matrix import LARGEST_DENSE, check_hadamard, factors
+from pallas_kernels.hadamard.matrix import LARGEST_DENSE, check_hadamard, factors, largest_order
 from pallas_kernels.quantize_pack.api import check_groups
 
 
@@ -38,6 +38,16 @@ def hadamard(x: jax.Array, *, implementation: str | None = None, interpret: bool
         y = y.reshape(*x.shape[:-1], math.prod(orders[:i]), order, math.prod(orders[i + 1 :]))
         y = rotate(y.swapaxes(-1, -2)).swapaxes(-1, -2) if y.shape[-1] > 1 else rotate(y[..., 0])
     return y.reshape(x.shape).astype(x.dtype)
+
+
+def hadamard_blocks(x: jax.Array, *, implementation: str | None = None, interpret: bool = False) -> jax.Array:
+    """Rotate consecutive blocks of the last axis, as long as a matrix allows: all of it where there is one.
+
+    Orthonormal, symmetric and its own inverse as `hadamard` is, for every size: 11008 channels are 43 blocks of 256, 9
+    channels stay as they are. Arguments as in `hadamard`.
+    """
+    blocks = x.reshape(*x.shape[:-1], -1, largest_order(x.shape[-1]))
+    return hadamard(blocks, implementation=implementation, interpret=interpret).reshape(x.shape)
 
 
 def rotate_quantize_pack(

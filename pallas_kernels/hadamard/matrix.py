@@ -5,6 +5,7 @@ Orders: powers of two (Sylvester 1867), and powers of two times what Paley 1933 
 II). A symmetric orthonormal matrix is its own inverse, so a rotation undoes itself.
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -64,13 +65,12 @@ def hadamard_matrix(dim: int) -> np.ndarray:
     return matrix
 
 
-def rotate_host(x: np.ndarray, block_size: int | None = None) -> np.ndarray:
-    """Rotate the last axis of x as `api.hadamard` does, on the host and in x's own precision."""
-    shape, size = x.shape, block_size or x.shape[-1]
-    for i, order in enumerate(orders := factors(size)):
-        inner = int(np.prod(orders[i + 1 :]))
-        matrix = hadamard_matrix(order).astype(x.dtype)
-        x = matrix @ x.reshape(-1, order, inner)
+def rotate_blocks_host(x: np.ndarray) -> np.ndarray:
+    """Rotate the last axis of x as `api.hadamard_blocks` does, on the host and in x's own precision."""
+    shape, size = x.shape, largest_order(x.shape[-1])
+    orders = factors(size)
+    for i, order in enumerate(orders):
+        x = hadamard_matrix(order).astype(x.dtype) @ x.reshape(-1, order, math.prod(orders[i + 1 :]))
     return x.reshape(shape) * np.asarray(size, x.dtype) ** -0.5
 
 

@@ -117,7 +117,7 @@ def test_a_step_reads_the_codes_of_earlier_ones():
     codec = cache.tiers[0].k_codec
     coded = lambda x: codec.decode(codec.encode(x[:, :40].swapaxes(1, 2), None), None).swapaxes(1, 2)
     k_hat, v_hat = (jnp.concatenate([coded(x), x[:, 40:]], 1) for x in (k, v))
-    np.testing.assert_allclose(out[:, 0], kvc.causal_attention(q, k_hat, v_hat)[:, 40], atol=2e-5)
+    np.testing.assert_allclose(out[:, 0], kvc.causal_attention(q, k_hat, v_hat)[:, 40], atol=1e-4)
 
 
 @pytest.mark.parametrize("text", ["quarot", "quarot:seed=5,k_bits=3", "quarot:rotate_v=false,symmetric=true"])
@@ -134,7 +134,7 @@ def test_a_fused_kernel_reads_the_rotated_codes(text):
         jnp.concatenate([c.decode(e, None).swapaxes(1, 2), x[:, 64:]], 1)
         for c, e, x in ((tier.k_codec, tier.k, k), (tier.v_codec, tier.v, v))
     )
-    np.testing.assert_allclose(fused[:, 0], kvc.causal_attention(q, k_hat, v_hat)[:, 64], atol=2e-5)
+    np.testing.assert_allclose(fused[:, 0], kvc.causal_attention(q, k_hat, v_hat)[:, 64], atol=1e-4)
 
 
 def test_head_dims_without_a_matrix_are_refused():
