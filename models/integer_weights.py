@@ -63,11 +63,12 @@ def _layer(index: int, floats: Any, bits: int, texts: "_Texts | None") -> Any:
     """A layer's parameters with packed maps."""
     packed = floats
     for part, names in ORDER:
-        names = tuple(name for name in names if name in floats[part])
         gram = None if texts is None else texts.gram(index, floats, names[0])
         for name in names:
+            if name not in floats[part]:  # an MLP without gate
+                continue
             weight = floats[part][name]["weight"]
-            packed_shape(*weight.shape[::-1], bits)
+            packed_shape(weight.shape[1], weight.shape[0], bits)
             scale = search_scale(weight, bits)
             if gram is None:
                 codes = nearest_codes(weight, scale, bits)
@@ -103,7 +104,10 @@ class _Texts:
     def gram(self, index: int, params: Any, name: str) -> np.ndarray:
         """Sum of x x^T over the inputs of a map, f64[M, M]."""
         block, angles = self._block(index), self._angles[index]
-        return sum(np.asarray(_gram(block, name, params, x, angles), np.float64) for x in self._hidden)
+        total = np.zeros(())
+        for x in self._hidden:
+            total = total + np.asarray(_gram(block, name, params, x, angles), np.float64)
+        return total
 
     def step(self, index: int, params: Any) -> None:
         """Pass a layer."""

@@ -64,7 +64,7 @@ class Linear(nn.Module):
         if self.integers.activation_bits is None:
             y = jnp.matmul(rows, weight.astype(dtype), preferred_element_type=jnp.float32)
         else:
-            y = integer_product(rows, weight, self.integers.activation_bits, bits)
+            y = integer_product(rows, weight)
         return y * scale.astype(jnp.float32).reshape(*(1,) * (rows.ndim - 1), -1)
 
 

@@ -17,16 +17,6 @@ def default_dtype() -> Any:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def integer_operands(largest_sum: int) -> tuple[Any, Any]:
-    """Dtypes of the operands and of the sum of an exact product of 8-bit integers.
-
-    XLA multiplies bytes on CPU one by one; there float32 is as exact while no sum exceeds 2**24, and many times faster.
-    """
-    if jax.default_backend() == "cpu" and largest_sum <= 2**24:
-        return jnp.float32, jnp.float32
-    return jnp.int8, jnp.int32
-
-
 def resolve_dtype(dtype: Any = None) -> Any:
     """The numpy dtype of a name or type; None is the default.
 
