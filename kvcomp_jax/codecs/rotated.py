@@ -86,6 +86,14 @@ class Rotated(Codec):
         """Bind the inner codec."""
         return dataclasses.replace(self, inner=self.inner.bind(dtype))
 
+    def prepare(self, batch: int, num_kv_heads: int, head_dim: int) -> "Rotated":
+        """Prepare the inner codec."""
+        return dataclasses.replace(self, inner=self.inner.prepare(batch, num_kv_heads, head_dim))
+
+    def fit(self, x: jax.Array, live: jax.Array) -> "Rotated":
+        """Fit the inner codec to the rotated prompt."""
+        return dataclasses.replace(self, inner=self.inner.fit(self._turn(x), live))
+
     def _signed(self, x: jax.Array) -> jax.Array:
         if self.seed is None:
             return x

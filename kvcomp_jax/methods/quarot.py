@@ -6,7 +6,13 @@ from kvcomp_jax.policies import Recency
 from kvcomp_jax.spec import LayerSpec, Rung, blocks
 
 
-@method(axis="quantise", bits="2, 3, 4, 8", source="QuaRot, Ashkboos et al. 2024, arXiv:2404.00456")
+@method(
+    axis="quantise",
+    bits="2, 3, 4, 8",
+    source="QuaRot, Ashkboos et al. 2024, arXiv:2404.00456",
+    advice="3 or 4 bits without calibration and almost without an exact window; also where single channels are loud.",
+    settings=("bits=4", "bits=3", "bits=2"),
+)
 def quarot(
     context: Context,
     *,

@@ -1,5 +1,7 @@
 """Faithfulness of QuaRot's cache: rotations, errors, bytes and what is exact."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import kvcomp_jax as kvc
 from kvcomp_jax.codecs import Affine, Rotated
+from kvcomp_jax.types import pytree
 from pallas_kernels.hadamard import hadamard, hadamard_matrix
 from pallas_kernels.packing import unpack
 from tests.laws.parts import HEAD_DIM, attend, decode_many, make, normal, prefill, qkv
@@ -149,3 +152,23 @@ def test_rotated_values_survive_where_a_model_rotated_them_already():
     peak = lambda y: float((jnp.abs(y).max(-1) / jnp.linalg.norm(y, axis=-1)).mean())
     assert peak(twice(None)) > 0.8
     assert peak(twice(1)) < 0.5
+
+
+@pytree
+class Centred(kvc.Identity):
+    """Keeps the mean of a prompt as its parameter."""
+
+    mean: jax.Array | None = None
+
+    def prepare(self, batch, num_kv_heads, head_dim):
+        return dataclasses.replace(self, mean=jnp.zeros((batch, num_kv_heads, head_dim)))
+
+    def fit(self, x, live):
+        return dataclasses.replace(self, mean=jnp.where(live[..., None], x, 0).sum(2) / live.sum(-1)[..., None])
+
+
+def test_an_inner_codec_is_fitted_to_rotated_rows():
+    x = normal(6, 2, 3, 20, 64)
+    live = jnp.ones((2, 1, 20), bool)
+    fitted = Rotated(inner=Centred()).prepare(2, 3, 64).fit(x, live)
+    np.testing.assert_allclose(fitted.inner.mean, hadamard(x).mean(2), atol=1e-6)
