@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcomp_jax.cache import LayerCache
-from kvcomp_jax.tiers import FUSED_ROWS, Queries, Tier, attend_tier, fused_kernel
+from kvcomp_jax.tiers import FUSED_ROWS, Queries, Tier, as_stored, attend_stored, fused_kernel
 from pallas_kernels.dispatch import Choice, recording
 
 
@@ -16,7 +16,7 @@ class TierKernel:
 
     Attributes:
       codecs: Names of the codecs of K and V.
-      operation: The fused operation, or "dot and mix" where the codecs have none.
+      operation: The fused operation on the rows as they are stored, or "dot and mix" where the codecs have none.
       backend: Which implementation of it; "xla" for dot and mix.
       reasons: (better backend, why it was not taken), best first.
     """
@@ -45,8 +45,8 @@ def kernels_in_use(cache: LayerCache, *, num_heads: int | None = None) -> tuple[
 
 
 def _of_tier(cache: LayerCache, tier: Tier, queries: Queries) -> TierKernel:
-    codecs = (type(tier.k_codec).__name__, type(tier.v_codec).__name__)
-    policy = cache.spec.policy
+    codecs = (tier.k_codec.name, tier.v_codec.name)
+    tier, policy = as_stored(tier), cache.spec.policy
     why = None
     if policy.needs_probs:
         why = f"{type(policy).__name__} needs each token's probability, which the fused read does not return."
@@ -57,6 +57,6 @@ def _of_tier(cache: LayerCache, tier: Tier, queries: Queries) -> TierKernel:
     if why:
         return TierKernel(codecs, "dot and mix", "xla", (("fused", why),))
     with recording() as choices:
-        jax.eval_shape(lambda q, t: attend_tier(q, t, policy.num_sinks), queries, tier)
+        jax.eval_shape(lambda q, t: attend_stored(q, t, policy.num_sinks), queries, tier)
     choice: Choice = choices[-1]
     return TierKernel(codecs, choice.operation, choice.backend, choice.reasons)

@@ -1,5 +1,6 @@
 """A rung at run time: packed rows of K and V, where they stand in the text, and how they are read and replaced."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -107,7 +108,20 @@ def mix_of(codec: Codec, v: Encoded, pos: jax.Array) -> Callable[[jax.Array], ja
 
 
 def attend_tier(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
-    """Attend to a tier; compressed rows are read by a fused kernel, or decoded a block at a time, never all at once."""
+    """Attend to a tier, in the bases that its keys and values are stored in: queries enter, sums leave, once."""
+    k_codec, v_codec = tier.k_codec, tier.v_codec
+    entered = dataclasses.replace(queries, q=k_codec.enter(queries.q))
+    state = attend_stored(entered, as_stored(tier), num_sinks)
+    return dataclasses.replace(state, acc=v_codec.leave(state.acc))
+
+
+def as_stored(tier: Tier) -> Tier:
+    """The same encodings, read in the bases that they are stored in."""
+    return dataclasses.replace(tier, k_codec=tier.k_codec.stored, v_codec=tier.v_codec.stored)
+
+
+def attend_stored(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
+    """Attend to rows `as_stored`, by a fused kernel, or decoded a block at a time, never all at once."""
     fused = fused_kernel(tier)
     if fused is not None and queries.q.shape[2] <= FUSED_ROWS:
         return fused(queries, tier, num_sinks)
@@ -130,7 +144,7 @@ def attend_tier(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
 
 
 def fused_kernel(tier: Tier) -> Callable[[Queries, Tier, int], AttnState] | None:
-    """The fused read of a tier's pair of codecs; None where there is only `dot` and `mix`."""
+    """The fused read of a tier `as_stored`, by its pair of codecs; None where there is only `dot` and `mix`."""
     return _FUSED.get((type(tier.k_codec), type(tier.v_codec)))
 
 

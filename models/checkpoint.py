@@ -64,7 +64,11 @@ def load(folder: Path, dtype: Any) -> tuple[ModelConfig, Any, Tokenizer | None]:
 def _restore(folder: Path, config: ModelConfig, dtype: Any) -> Any:
     expected = param_shapes(config)
     device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=device), expected)
+
+    def leaf(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # codes and their scales keep their own dtypes
+        return jax.ShapeDtypeStruct(x.shape, dtype if x.dtype == jnp.float32 else x.dtype, sharding=device)
+
+    wanted = jax.tree.map(leaf, expected)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; the checkpoint is not whole.")
     try:

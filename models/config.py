@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import kvcomp_jax as kvc
 from models.families import ConfigError, read_config
+from models.integers import IntegerFormat
 from models.rope import RopeConfig
 
 __all__ = ["ConfigError", "ModelConfig", "RopeConfig"]
@@ -42,6 +43,9 @@ class ModelConfig:
     sm_scale: float | None = None
     attn_soft_cap: float | None = None
     logit_soft_cap: float | None = None
+    rotate_heads: bool = False  # attention output across heads, which the output map undoes; see `rotation`
+    rotate_ffn: bool = False  # hidden layer of the MLP, which the down map undoes
+    integers: IntegerFormat = IntegerFormat()
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -81,4 +85,5 @@ class ModelConfig:
         values["ropes"] = tuple(RopeConfig.from_dict(rope) for rope in values["ropes"])
         values["sliding_windows"] = tuple(values["sliding_windows"])
         values["eos_ids"] = tuple(values["eos_ids"])
+        values["integers"] = IntegerFormat(**values.get("integers", {}))
         return cls(**values)

@@ -9,7 +9,9 @@ from jax import lax
 
 import kvcomp_jax as kvc
 from models.config import ModelConfig
+from models.integers import IntegerFormat, integer_product, packed_shape, round_rows, unpack_weight
 from models.rope import rotate
+from pallas_kernels.hadamard import hadamard_blocks
 
 Cache = Any  # kvc.LayerCache | kvc.PromptCache | None
 _ACTIVATIONS = {
@@ -31,20 +33,39 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """Affine map with weight [out, in]."""
+    """Affine map with weight [out, in], or with packed codes and a scale an output channel; see `integers`."""
 
     features: int
     use_bias: bool = False
+    integers: IntegerFormat = IntegerFormat()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., M] -> [..., features]."""
-        weight = self.param("weight", _init(), (self.features, x.shape[-1]))
-        x = matmul(x, weight).astype(x.dtype)
+        bits, ones = self.integers.activation_bits, (1,) * (x.ndim - 1)
+        rows, row_scale = (x, None) if bits is None else round_rows(x, bits, self.integers.activation_clip)
+        y = self._product(rows, x.dtype)
+        y = (y if row_scale is None else y * row_scale).astype(x.dtype)
         if not self.use_bias:
-            return x
+            return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return x + bias.astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1)
+        return y + bias.astype(x.dtype).reshape(*ones, -1)
+
+    def _product(self, rows: jax.Array, dtype: Any) -> jax.Array:
+        """Multiply floats or codes [..., M] by the weight, f32[..., features]."""
+        bits = self.integers.weight_bits
+        if bits is None:
+            weight = self.param("weight", _init(), (self.features, rows.shape[-1]))
+            return matmul(rows.astype(dtype), weight)
+        shape = packed_shape(rows.shape[-1], self.features, bits)
+        words = self.param("codes", lambda _: jnp.zeros(shape.shape, shape.dtype))
+        scale = self.param("scale", lambda _: jnp.ones(self.features, jnp.float16))
+        weight = unpack_weight(words, bits)
+        if self.integers.activation_bits is None:
+            y = jnp.matmul(rows, weight.astype(dtype), preferred_element_type=jnp.float32)
+        else:
+            y = integer_product(rows, weight)
+        return y * scale.astype(jnp.float32).reshape(*(1,) * (rows.ndim - 1), -1)
 
 
 class Norm(nn.Module):
@@ -104,9 +125,9 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """[B, T, M] -> [B, T, M] and the cache with these tokens in it."""
         c = self.config
-        q = Linear(c.num_heads * c.head_dim, c.qkv_bias, name="q_proj")(x)
-        k = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias, name="k_proj")(x)
-        v = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias, name="v_proj")(x)
+        q = Linear(c.num_heads * c.head_dim, c.qkv_bias, c.integers, name="q_proj")(x)
+        k = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias, c.integers, name="k_proj")(x)
+        v = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias, c.integers, name="v_proj")(x)
         q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in (q, k, v))
         if c.qk_norm:
             q, k = Norm(c.norm, c.norm_eps, name="q_norm")(q), Norm(c.norm, c.norm_eps, name="k_norm")(k)
@@ -117,7 +138,9 @@ class Attention(nn.Module):
             out = kvc.causal_attention(q, k, v, **scale, sliding_window=c.sliding_windows[self.layer])
         else:
             out, cache = kvc.attend(cache, q, k, v, length, **scale)
-        return Linear(c.model_dim, c.o_bias, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
+        if c.rotate_heads:
+            out = hadamard_blocks(out.swapaxes(-1, -2)).swapaxes(-1, -2)
+        return Linear(c.model_dim, c.o_bias, c.integers, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
 
 
 class MLP(nn.Module):
@@ -130,9 +153,10 @@ class MLP(nn.Module):
         """[B, T, M] -> [B, T, M]."""
         c = self.config
         act = _ACTIVATIONS[c.activation]
-        up = Linear(c.ffn_dim, c.mlp_bias, name="up_proj")(x)
-        h = act(Linear(c.ffn_dim, c.mlp_bias, name="gate_proj")(x)) * up if c.gated_mlp else act(up)
-        return Linear(c.model_dim, c.mlp_bias, name="down_proj")(h)
+        up = Linear(c.ffn_dim, c.mlp_bias, c.integers, name="up_proj")(x)
+        h = act(Linear(c.ffn_dim, c.mlp_bias, c.integers, name="gate_proj")(x)) * up if c.gated_mlp else act(up)
+        h = hadamard_blocks(h) if c.rotate_ffn else h
+        return Linear(c.model_dim, c.mlp_bias, c.integers.down, name="down_proj")(h)
 
 
 def _init() -> Any:

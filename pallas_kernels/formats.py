@@ -23,6 +23,7 @@ class Format:
     group_size: int  # channels or tokens a scale covers
     symmetric: bool = False
     metadata_dtype: str = "float16"
+    clip: float = 1.0  # a group's extremes are multiplied by it before they are fitted; readers need not know
 
     @property
     def num_levels(self) -> int:

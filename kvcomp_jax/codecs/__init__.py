@@ -3,5 +3,6 @@
 from kvcomp_jax.codecs.affine import Affine
 from kvcomp_jax.codecs.base import Codec, Encoded
 from kvcomp_jax.codecs.identity import Identity
+from kvcomp_jax.codecs.rotated import Rotated
 
-__all__ = ["Affine", "Codec", "Encoded", "Identity"]
+__all__ = ["Affine", "Codec", "Encoded", "Identity", "Rotated"]

@@ -23,7 +23,10 @@ class Affine(Codec):
     Scale and zero point are rounded to `metadata_dtype` first and the codes taken with the rounded ones, so the
     error is at most scale / 2 beyond that rounding; metadata saturates at that dtype's largest value. Constant groups
     get code 0 and come back as their minimum.
-    Source: KIVI, Liu et al. 2024, arXiv:2402.02750, equations 1-2; symmetric as in MaxText's quantised cache.
+    clip < 1 multiplies both ends of a group's range and so suits rows around zero, rotated ones above all: fewer wasted
+    levels for a few elements that are cut off. The bound on the error then holds for elements within the range.
+    Source: KIVI, Liu et al. 2024, arXiv:2402.02750, equations 1-2; symmetric as in MaxText's quantised cache;
+    clip as in QuaRot, Ashkboos et al. 2024, arXiv:2404.00456.
     """
 
     bits: int = static()
@@ -31,6 +34,7 @@ class Affine(Codec):
     group_size: int | None = static(default=None)
     symmetric: bool = static(default=False)
     metadata_dtype: str = static(default="float16")
+    clip: float = static(default=1.0)
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -39,6 +43,8 @@ class Affine(Codec):
             raise ValueError(f"axis={self.axis!r} must be 'token' or 'channel'.")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size={self.group_size} must be at least 1.")
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"clip={self.clip} must be in (0, 1]; 1 cuts nothing off.")
         if self.axis == "channel":
             if self.group_size is None:
                 raise ValueError("axis='channel' needs a group_size in tokens, e.g. 32.")
@@ -55,7 +61,8 @@ class Affine(Codec):
 
     def format(self, head_dim: int) -> Format:
         """What the arrays of an encoding of rows of `head_dim` mean."""
-        return Format(self.bits, self.axis, self.group_size or head_dim, self.symmetric, self.metadata_dtype)
+        size = self.group_size or head_dim
+        return Format(self.bits, self.axis, size, self.symmetric, self.metadata_dtype, self.clip)
 
     def encode(self, x: jax.Array, pos: jax.Array) -> Quantized:
         """Quantise x [*b, S, D]; S a multiple of `unit`."""

@@ -48,6 +48,28 @@ class Codec(abc.ABC):
         v = self.decode(enc, pos)
         return jnp.einsum("...rs,...sd->...rd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
+    @property
+    def stored(self) -> "Codec":
+        """The codec that the encoding is of, in the basis it is kept in; a codec that only turns rows names its inner.
+
+        `dot(q, ...)` is `stored.dot(enter(q), ...)` and `mix(p, ...)` is `leave(stored.mix(p, ...))`, so that a read
+        changes its basis once, whatever kernel does the rest.
+        """
+        return self
+
+    def enter(self, q: jax.Array) -> jax.Array:
+        """Bring queries [*b, R, D] to the basis of `stored`."""
+        return q
+
+    def leave(self, mixed: jax.Array) -> jax.Array:
+        """Bring sums of stored rows [*b, R, D] back from the basis of `stored`."""
+        return mixed
+
+    @property
+    def name(self) -> str:
+        """What people call it; wrappers name what they wrap."""
+        return type(self).__name__
+
     def check(self, head_dim: int, block_size: int) -> None:
         """Raise ValueError if rows of `head_dim` or blocks of `block_size` tokens cannot be encoded."""
         del head_dim

@@ -4,6 +4,7 @@ from kvcomp_jax.methods.full import full
 from kvcomp_jax.methods.h2o import h2o
 from kvcomp_jax.methods.int8_int4 import int4, int8
 from kvcomp_jax.methods.kivi import kivi
+from kvcomp_jax.methods.quarot import quarot
 from kvcomp_jax.methods.registry import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.methods.streaming_llm import streaming_llm
 
@@ -19,5 +20,6 @@ __all__ = [
     "kivi",
     "method",
     "parse",
+    "quarot",
     "streaming_llm",
 ]

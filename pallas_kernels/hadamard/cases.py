@@ -43,7 +43,7 @@ class Case:
 
 
 CASES = {
-    **{f"dim-{d}": Case((3, 40, d)) for d in (1, 2, 12, 16, 28, 64, 80, 96, 112, 128, 256, 512)},
+    **{f"dim-{d}": Case((3, 40, d)) for d in (1, 2, 12, 16, 28, 36, 64, 80, 96, 112, 128, 256, 512, 576, 1536)},
     "vector": Case((128,)),
     "one-row": Case((1, 64)),
     "odd-rows": Case((3, 1, 77, 128)),
@@ -56,6 +56,7 @@ CASES = {
     "quantized-80": Case((1, 2, 96, 80), fmt=token(4, 16)),
     "quantized-group-128": Case((1, 2, 256, 128), fmt=channel(2, 128)),
     "quantized-symmetric": Case(fmt=token(4, 64, symmetric=True)),
+    "quantized-clipped": Case(fmt=token(4, 64, clip=0.95)),
     "quantized-bfloat16": Case((1, 3, 64, 64), "bfloat16", token(4)),
 }
 

@@ -86,7 +86,7 @@ def _rotate(
 def _rotate_per_token(
     x_ptr, matrix_ptr, codes_ptr, scale_ptr, zero_ptr,  # [N, S, D] [D, padded] [N, words, D] [N, S, D/g] [N, S, D/g]
     num_tokens: tl.constexpr, dim: tl.constexpr, group_size: tl.constexpr, group_padded: tl.constexpr,
-    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, largest: tl.constexpr,
+    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, clip: tl.constexpr, largest: tl.constexpr,
     tokens: tl.constexpr, groups: tl.constexpr, chunk: tl.constexpr, norm: tl.constexpr,
 ):  # fmt: skip
     """Rotate some tokens of a row and quantise all their channels."""
@@ -96,14 +96,14 @@ def _rotate_per_token(
     y = _product(x_ptr, matrix_ptr, row * num_tokens + token, token < num_tokens, tl.arange(0, groups * group_padded),
                  dim, groups * group_padded, chunk, norm)  # fmt: skip
     encode_tokens(tl.reshape(y, (tokens, groups, group_padded)), row, token, first, codes_ptr, scale_ptr, zero_ptr,
-                  num_tokens, dim, group_size, bits, num_levels, symmetric, largest)  # fmt: skip
+                  num_tokens, dim, group_size, bits, num_levels, symmetric, clip, largest)  # fmt: skip
 
 
 @triton.jit
 def _rotate_per_channel(
     x_ptr, matrix_ptr, codes_ptr, scale_ptr, zero_ptr,  # [N, S, D] [D, padded] [N, words, D] [N, S/g, D] [N, S/g, D]
     num_tokens: tl.constexpr, dim: tl.constexpr, group_size: tl.constexpr, group_padded: tl.constexpr,
-    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, largest: tl.constexpr,
+    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, clip: tl.constexpr, largest: tl.constexpr,
     channels: tl.constexpr, chunk: tl.constexpr, norm: tl.constexpr,
 ):  # fmt: skip
     """Rotate one group of tokens of a row and quantise some channels."""
@@ -113,7 +113,7 @@ def _rotate_per_channel(
     y = _product(x_ptr, matrix_ptr, row * num_tokens + group * group_size + element, element < group_size, channel,
                  dim, channels * tl.cdiv(dim, channels), chunk, norm)  # fmt: skip
     encode_channels(y, row, group, channel, codes_ptr, scale_ptr, zero_ptr,
-                    num_tokens, dim, group_size, bits, num_levels, symmetric, largest)  # fmt: skip
+                    num_tokens, dim, group_size, bits, num_levels, symmetric, clip, largest)  # fmt: skip
 
 
 @triton.jit

@@ -69,6 +69,7 @@ def encode(
         "bits": fmt.bits,
         "num_levels": fmt.num_levels,
         "symmetric": fmt.symmetric,
+        "clip": fmt.clip,
         "largest": float(jnp.finfo(fmt.metadata_dtype).max),
     }
     packed, scale, zero_point = triton_calls.call(
@@ -82,7 +83,7 @@ def encode(
 def _per_token(
     x_ptr, codes_ptr, scale_ptr, zero_ptr,  # [N, S, D] [N, words, D] [N, S, D/g] [N, S, D/g]
     num_tokens: tl.constexpr, dim: tl.constexpr, group_size: tl.constexpr, group_padded: tl.constexpr,
-    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, largest: tl.constexpr,
+    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, clip: tl.constexpr, largest: tl.constexpr,
     tokens: tl.constexpr, groups: tl.constexpr,
 ):  # fmt: skip
     """Quantise all channels of some tokens of a row."""
@@ -95,14 +96,14 @@ def _per_token(
     at = (row * num_tokens + token)[:, None, None] * dim + channel[None]
     x = tl.load(x_ptr + at, mask=exists, other=0.0).to(tl.float32)  # [T, D/g, g]
     encode_tokens(x, row, token, first, codes_ptr, scale_ptr, zero_ptr,
-                  num_tokens, dim, group_size, bits, num_levels, symmetric, largest)  # fmt: skip
+                  num_tokens, dim, group_size, bits, num_levels, symmetric, clip, largest)  # fmt: skip
 
 
 @triton.jit
 def encode_tokens(
     x, row, token, first, codes_ptr, scale_ptr, zero_ptr,
     num_tokens: tl.constexpr, dim: tl.constexpr, group_size: tl.constexpr,
-    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, largest: tl.constexpr,
+    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, clip: tl.constexpr, largest: tl.constexpr,
 ):  # fmt: skip
     """Quantise tokens f32[T, groups, channels], both padded to powers of two, of a row and write them."""
     tokens: tl.constexpr = x.shape[0]
@@ -111,7 +112,7 @@ def encode_tokens(
     group, element = tl.arange(0, groups), tl.arange(0, group_padded)
     channel = group[:, None] * group_size + element[None, :]
     exists = ((channel < dim) & (element < group_size)[None, :])[None]
-    scale, zero = _fit(x, exists, 2, num_levels, symmetric, largest, scale_ptr.dtype.element_ty)
+    scale, zero = _fit(x, exists, 2, num_levels, symmetric, clip, largest, scale_ptr.dtype.element_ty)
     codes = _encode(x, scale[:, :, None], zero[:, :, None], num_levels)
     meta_at = (row * num_tokens + token)[:, None] * (dim // group_size) + group[None, :]
     meta_exists = (token < num_tokens)[:, None] & (group * group_size < dim)[None, :]
@@ -128,7 +129,7 @@ def encode_tokens(
 def _per_channel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr,  # [N, S, D] [N, words, D] [N, S/g, D] [N, S/g, D]
     num_tokens: tl.constexpr, dim: tl.constexpr, group_size: tl.constexpr, group_padded: tl.constexpr,
-    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, largest: tl.constexpr,
+    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, clip: tl.constexpr, largest: tl.constexpr,
     channels: tl.constexpr,
 ):  # fmt: skip
     """Quantise one group of tokens of some channels of a row."""
@@ -140,18 +141,18 @@ def _per_channel(
     at = (row * num_tokens + group * group_size + element)[:, None] * dim + channel[None, :]
     x = tl.load(x_ptr + at, mask=exists, other=0.0).to(tl.float32)  # [g, D]
     encode_channels(x, row, group, channel, codes_ptr, scale_ptr, zero_ptr,
-                    num_tokens, dim, group_size, bits, num_levels, symmetric, largest)  # fmt: skip
+                    num_tokens, dim, group_size, bits, num_levels, symmetric, clip, largest)  # fmt: skip
 
 
 @triton.jit
 def encode_channels(
     x, row, group, channel, codes_ptr, scale_ptr, zero_ptr,
     num_tokens: tl.constexpr, dim: tl.constexpr, group_size: tl.constexpr,
-    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, largest: tl.constexpr,
+    bits: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, clip: tl.constexpr, largest: tl.constexpr,
 ):  # fmt: skip
     """Quantise one group of tokens f32[tokens padded, D] of a row and write it."""
     exists = (tl.arange(0, x.shape[0]) < group_size)[:, None] & (channel < dim)[None, :]
-    scale, zero = _fit(x, exists, 0, num_levels, symmetric, largest, scale_ptr.dtype.element_ty)
+    scale, zero = _fit(x, exists, 0, num_levels, symmetric, clip, largest, scale_ptr.dtype.element_ty)
     codes = _encode(x, scale[None, :], zero[None, :], num_levels)
     meta_at = (row * (num_tokens // group_size) + group) * dim + channel
     tl.store(scale_ptr + meta_at, scale.to(scale_ptr.dtype.element_ty), mask=channel < dim)
@@ -163,15 +164,16 @@ def encode_channels(
 
 @triton.jit
 def _fit(
-    x, exists, axis: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, largest: tl.constexpr, dtype
-):
+    x, exists, axis: tl.constexpr, num_levels: tl.constexpr, symmetric: tl.constexpr, clip: tl.constexpr,
+    largest: tl.constexpr, dtype,
+):  # fmt: skip
     """Scale and zero point along an axis, rounded to the stored dtype, in float32."""
     if symmetric:
-        scale = _stored(tl.max(tl.abs(x), axis) * (1 / (num_levels // 2)), largest, dtype)
+        scale = _stored(tl.max(tl.abs(x), axis) * (clip / (num_levels // 2)), largest, dtype)
         return scale, -scale * (num_levels // 2)
     low = tl.min(tl.where(exists, x, float("inf")), axis)
     high = tl.max(tl.where(exists, x, float("-inf")), axis)
-    return _stored((high - low) * (1 / (num_levels - 1)), largest, dtype), _stored(low, largest, dtype)
+    return _stored((high - low) * (clip / (num_levels - 1)), largest, dtype), _stored(low * clip, largest, dtype)
 
 
 @triton.jit

@@ -187,10 +187,10 @@ def _fit(low: jax.Array, high: jax.Array, fmt: Format) -> tuple[list[jax.Array],
     """What is stored of each group, and scale and zero point as float32; of a symmetric group from magnitudes."""
     if fmt.symmetric:
         half = fmt.num_levels // 2
-        stored = _stored(high * (1 / half), fmt)
+        stored = _stored(high * (fmt.clip / half), fmt)
         scale = stored.astype(jnp.float32)
         return [stored], scale, lax.optimization_barrier(-scale * float(half))  # not contracted with x - zero_point
-    scale, zero_point = _stored((high - low) * (1 / (fmt.num_levels - 1)), fmt), _stored(low, fmt)
+    scale, zero_point = _stored((high - low) * (fmt.clip / (fmt.num_levels - 1)), fmt), _stored(low * fmt.clip, fmt)
     return [scale, zero_point], scale.astype(jnp.float32), zero_point.astype(jnp.float32)
 
 

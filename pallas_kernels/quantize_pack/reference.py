@@ -39,10 +39,10 @@ def _fit(groups: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
     axis = fmt.group_axis
     if fmt.symmetric:
         half = fmt.num_levels // 2
-        scale = _stored(jnp.abs(groups).max(axis, keepdims=True) * (1 / half), fmt)
+        scale = _stored(jnp.abs(groups).max(axis, keepdims=True) * (fmt.clip / half), fmt)
         return scale, -scale * half
     low, high = groups.min(axis, keepdims=True), groups.max(axis, keepdims=True)
-    return _stored((high - low) * (1 / (fmt.num_levels - 1)), fmt), _stored(low, fmt)
+    return _stored((high - low) * (fmt.clip / (fmt.num_levels - 1)), fmt), _stored(low * fmt.clip, fmt)
 
 
 def _stored(x: jax.Array, fmt: Format) -> jax.Array:

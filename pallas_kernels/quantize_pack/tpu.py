@@ -119,10 +119,10 @@ def _fit(groups: jax.Array, fmt: Format) -> tuple[tuple[jax.Array, jax.Array], .
     """Scale and zero point of groups f32[n, g, L]: each as stored and as f32, [n, 1, L]. As in the reference."""
     if fmt.symmetric:
         half = fmt.num_levels // 2
-        scale = _stored(jnp.abs(groups).max(1, keepdims=True) * (1 / half), fmt)
+        scale = _stored(jnp.abs(groups).max(1, keepdims=True) * (fmt.clip / half), fmt)
         return scale, (scale[0], -scale[1] * half)
     low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
-    return _stored((high - low) * (1 / (fmt.num_levels - 1)), fmt), _stored(low, fmt)
+    return _stored((high - low) * (fmt.clip / (fmt.num_levels - 1)), fmt), _stored(low * fmt.clip, fmt)
 
 
 def _stored(x: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:

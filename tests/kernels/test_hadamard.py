@@ -9,7 +9,7 @@ from pallas_kernels.hadamard.cases import CASES, Case
 from pallas_kernels.quantize_pack import dequantize, quantize_pack
 from tests.kernels.backends import backends, results
 
-DIMS = [m * 2**n for m in (1, 12, 20, 28) for n in range(10) if m * 2**n <= 512]
+DIMS = [m * 2**n for m in (1, 12, 20, 28, 36, 44, 60, 76, 108, 124, 140, 312) for n in range(10) if m * 2**n <= 512]
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -20,10 +20,22 @@ def test_matrices_are_symmetric_and_orthogonal(dim):
     np.testing.assert_array_equal(matrix @ matrix, dim * np.eye(dim))
 
 
-@pytest.mark.parametrize("dim", [0, 3, 6, 10, 36, 44, 72, 100])
-def test_other_orders_are_refused(dim):
-    with pytest.raises(ValueError, match=f"dim={dim} must be a power of 2, or 12, 20 or 28 times one"):
+@pytest.mark.parametrize(
+    ("dim", "instead"),
+    [(0, ""), (3, ", or 12 times one"), (6, ", or 12 times one"), (100, ", or 200 times one"), (11008, "")],
+)
+def test_other_orders_are_refused(dim, instead):
+    with pytest.raises(ValueError, match=f"dim={dim} has no Hadamard matrix here: .* a power of 2{instead}."):
         op.hadamard(jnp.zeros((2, dim)))
+
+
+@pytest.mark.parametrize(("dim", "order"), [(1, 1), (9, 1), (14, 2), (24, 24), (576, 576), (1376, 32), (4864, 4864)])
+def test_rotation_in_blocks_of_the_largest_order(dim, order):
+    assert op.largest_order(dim) == order
+    x = np.random.default_rng(0).standard_normal((3, dim))
+    want = x.reshape(3, -1, order) @ op.hadamard_matrix(order) * order**-0.5
+    np.testing.assert_allclose(op.rotate_blocks_host(x), want.reshape(3, dim), atol=1e-11)
+    np.testing.assert_allclose(op.hadamard_blocks(jnp.asarray(x, jnp.float32)), want.reshape(3, dim), atol=2e-5)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 112, 128])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvcomp_jax as kvc
-from kvcomp_jax.codecs import Affine, Identity
+from kvcomp_jax.codecs import Affine, Identity, Rotated
 
 HEAD_DIM = 64
 
@@ -17,6 +17,10 @@ CODECS = [
     Affine(bits=4, axis="token"),
     Affine(bits=4, axis="channel", group_size=64, symmetric=True),
     Affine(bits=2, axis="channel", group_size=32, metadata_dtype="float32"),
+    Affine(bits=4, axis="token", clip=0.9),
+    Rotated(inner=Identity()),
+    *(Rotated(inner=Affine(bits=b, axis="token", clip=0.95)) for b in (2, 3, 4)),
+    Rotated(inner=Affine(bits=4, axis="channel", group_size=32), seed=3),
 ]
 
 METHODS = [
@@ -32,6 +36,9 @@ METHODS = [
     "h2o:budget=64,block_size=4",
     "h2o:budget=90+int4",
     "streaming_llm:budget=100+kivi:bits=4",
+    "quarot",
+    "quarot:k_bits=3,v_bits=2,seed=1,num_sinks=2",
+    "h2o:budget=90+quarot",
 ]
 
 HEADS = [(4, 4), (6, 2), (3, 1)]  # multi-head, grouped-query, multi-query
