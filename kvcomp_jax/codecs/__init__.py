@@ -2,7 +2,8 @@
 
 from kvcomp_jax.codecs.affine import Affine
 from kvcomp_jax.codecs.base import Codec, Encoded
+from kvcomp_jax.codecs.codebook import Codebook
 from kvcomp_jax.codecs.identity import Identity
 from kvcomp_jax.codecs.rotated import Rotated
 
-__all__ = ["Affine", "Codec", "Encoded", "Identity", "Rotated"]
+__all__ = ["Affine", "Codebook", "Codec", "Encoded", "Identity", "Rotated"]

@@ -5,9 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvcomp_jax as kvc
-from kvcomp_jax.codecs import Affine, Identity, Rotated
+from kvcomp_jax.codecs import Affine, Codebook, Identity, Rotated
+from kvcomp_jax.types import Constant
 
 HEAD_DIM = 64
+
+
+def uneven(bits: int) -> Constant:
+    """Levels between -1 and 1, denser around zero."""
+    even = np.linspace(-1, 1, 2**bits)
+    return Constant((np.sign(even) * np.abs(even) ** 1.5).astype(np.float32))
+
 
 CODECS = [
     Identity(),
@@ -21,6 +29,9 @@ CODECS = [
     Rotated(inner=Identity()),
     *(Rotated(inner=Affine(bits=b, axis="token", clip=0.95)) for b in (2, 3, 4)),
     Rotated(inner=Affine(bits=4, axis="channel", group_size=32), seed=3),
+    *(Codebook(levels=uneven(b), normalise="range") for b in (2, 3, 4)),
+    Codebook(levels=uneven(3), metadata_dtype="float32"),
+    Codebook(levels=uneven(2), values=Constant(uneven(2).value * np.float32(1.1)), normalise="none"),
 ]
 
 METHODS = [

@@ -64,7 +64,7 @@ def test_nbits_is_what_is_stored(codec):
     enc = codec.encode(x.astype(jnp.bfloat16), pos)
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(enc)) * 8
     assert stored == 2 * codec.nbits(192, HEAD_DIM)  # two heads
-    codes = enc.codes.nbytes * 8 if isinstance(enc, Quantized) else stored
+    codes = stored if isinstance(codec, Identity) else enc.codes.nbytes * 8
     assert stored - codes == 2 * codec.metadata_bits(192, HEAD_DIM)
 
 
