@@ -3,7 +3,7 @@
 from kvcomp_jax.accounting import Bytes, forecast, live_tokens, nbytes
 from kvcomp_jax.attention import AttnState, causal_attention, finalize, lse, merge, psum_merge
 from kvcomp_jax.cache import LayerCache, init, settle
-from kvcomp_jax.codecs import Affine, Codebook, Codec, Identity, Rotated
+from kvcomp_jax.codecs import Affine, Codebook, Codec, Float4, Float8, Identity, Rotated, Sketched
 from kvcomp_jax.kernels import TierKernel, kernels_in_use
 from kvcomp_jax.methods import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.plan import CachePlan, Layout
@@ -24,6 +24,8 @@ __all__ = [
     "Codec",
     "Constant",
     "Context",
+    "Float4",
+    "Float8",
     "HeavyHitter",
     "Identity",
     "LayerCache",
@@ -38,6 +40,7 @@ __all__ = [
     "Recency",
     "Rotated",
     "Rung",
+    "Sketched",
     "TierKernel",
     "attend",
     "causal_attention",

@@ -3,7 +3,10 @@
 from kvcomp_jax.codecs.affine import Affine
 from kvcomp_jax.codecs.base import Codec, Encoded
 from kvcomp_jax.codecs.codebook import Codebook
+from kvcomp_jax.codecs.float4 import Float4
+from kvcomp_jax.codecs.float8 import Float8
 from kvcomp_jax.codecs.identity import Identity
 from kvcomp_jax.codecs.rotated import Rotated
+from kvcomp_jax.codecs.sketched import Sketched
 
-__all__ = ["Affine", "Codebook", "Codec", "Encoded", "Identity", "Rotated"]
+__all__ = ["Affine", "Codebook", "Codec", "Encoded", "Float4", "Float8", "Identity", "Rotated", "Sketched"]

@@ -8,11 +8,13 @@ import numpy as np
 from jax.experimental import checkify
 
 from kvcomp_jax.codecs.base import Codec
+from kvcomp_jax.codecs.contract import dot_scaled, mix_scaled
 from kvcomp_jax.codecs.levels import look_up, nearest
+from kvcomp_jax.codecs.minifloat import inverse, saturated
 from kvcomp_jax.types import Constant, pytree, static
 from pallas_kernels.packing import pack, pack_unit, unpack
 
-BITS = (2, 3, 4)
+BITS = (1, 2, 3, 4)
 NORMALISED_BY = {"rms": 1, "range": 2, "none": 0}  # numbers stored a token
 
 
@@ -71,8 +73,7 @@ class Codebook(Codec):
         if zero_point is not None:
             x = x - zero_point.astype(jnp.float32)[..., None]
         if scale is not None:
-            wide = scale.astype(jnp.float32)[..., None]
-            x = x * jnp.where(wide > 0, 1 / jnp.where(wide > 0, wide, 1.0), 0.0)
+            x = x * inverse(scale.astype(jnp.float32))[..., None]
         return Coded(pack(nearest(x, self.levels.value), self.bits), scale, zero_point)
 
     def decode(self, enc: Coded, pos: jax.Array) -> jax.Array:
@@ -84,24 +85,14 @@ class Codebook(Codec):
         return x if enc.zero_point is None else x + enc.zero_point.astype(jnp.float32)[..., None]
 
     def dot(self, q: jax.Array, enc: Coded, pos: jax.Array) -> jax.Array:
-        """q . values[codes], then scaled; the zero point meets the sum of q."""
+        """q . values[codes], then scaled."""
         del pos
-        q = q.astype(jnp.float32)
-        logits = jnp.einsum("...rd,...sd->...rs", q, self._values_of(enc))
-        if enc.scale is not None:
-            logits = logits * enc.scale.astype(jnp.float32)[..., None, :]
-        if enc.zero_point is not None:
-            logits = logits + q.sum(-1, keepdims=True) * enc.zero_point.astype(jnp.float32)[..., None, :]
-        return logits
+        return dot_scaled(q, self._values_of(enc), enc.scale, enc.zero_point)
 
     def mix(self, p: jax.Array, enc: Coded, pos: jax.Array) -> jax.Array:
-        """Scaled p . values[codes], and p . zero_point in every channel."""
+        """Scaled p . values[codes]."""
         del pos
-        scaled = p if enc.scale is None else p * enc.scale.astype(jnp.float32)[..., None, :]
-        out = jnp.einsum("...rs,...sd->...rd", scaled, self._values_of(enc))
-        if enc.zero_point is not None:
-            out = out + jnp.einsum("...rs,...s->...r", p, enc.zero_point.astype(jnp.float32))[..., None]
-        return out
+        return mix_scaled(p, self._values_of(enc), enc.scale, enc.zero_point)
 
     def nbits(self, num_tokens: int, head_dim: int) -> int:
         """Bits of the codes and the metadata; `num_tokens` counts in whole units. The levels are the program's."""
@@ -127,5 +118,4 @@ class Codebook(Codec):
         return self._stored(high * 0.5 - low * 0.5), self._stored(high * 0.5 + low * 0.5)
 
     def _stored(self, x: jax.Array) -> jax.Array:
-        largest = float(jnp.finfo(self.metadata_dtype).max)
-        return jnp.clip(x, -largest, largest).astype(self.metadata_dtype)
+        return saturated(x, self.metadata_dtype)

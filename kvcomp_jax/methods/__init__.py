@@ -1,25 +1,32 @@
 """Published systems: one a file, each a function that returns a spec; `METHODS` is the table, `parse` reads text."""
 
+from kvcomp_jax.methods.fp8 import fp8
 from kvcomp_jax.methods.full import full
 from kvcomp_jax.methods.h2o import h2o
 from kvcomp_jax.methods.int8_int4 import int4, int8
 from kvcomp_jax.methods.kivi import kivi
+from kvcomp_jax.methods.nvfp4 import mxfp4, nvfp4
 from kvcomp_jax.methods.quarot import quarot
 from kvcomp_jax.methods.registry import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.methods.streaming_llm import streaming_llm
+from kvcomp_jax.methods.turboquant import turboquant
 
 __all__ = [
     "METHODS",
     "Context",
     "Method",
     "MethodInfo",
+    "fp8",
     "full",
     "h2o",
     "int4",
     "int8",
     "kivi",
     "method",
+    "mxfp4",
+    "nvfp4",
     "parse",
     "quarot",
     "streaming_llm",
+    "turboquant",
 ]

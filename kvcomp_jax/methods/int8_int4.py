@@ -2,8 +2,8 @@
 
 from kvcomp_jax.codecs import Affine
 from kvcomp_jax.methods.registry import Context, method
-from kvcomp_jax.policies import Recency
-from kvcomp_jax.spec import LayerSpec, Rung, blocks
+from kvcomp_jax.methods.rungs import one_rung
+from kvcomp_jax.spec import LayerSpec
 
 
 @method(
@@ -23,7 +23,7 @@ def int8(
 ) -> LayerSpec:
     """Store K and V at 8 bits, symmetric, with one scale a token and head."""
     codec = Affine(bits=8, axis="token", group_size=group_size, symmetric=symmetric)
-    return _one_rung(context, codec, num_sinks, window, block_size)
+    return one_rung(context, codec, codec, num_sinks=num_sinks, window=window, block_size=block_size)
 
 
 @method(
@@ -43,10 +43,4 @@ def int4(
 ) -> LayerSpec:
     """Store K and V at 4 bits, asymmetric, with one scale and zero point a token and head."""
     codec = Affine(bits=4, axis="token", group_size=group_size, symmetric=symmetric)
-    return _one_rung(context, codec, num_sinks, window, block_size)
-
-
-def _one_rung(context: Context, codec: Affine, num_sinks: int, window: int, block_size: int) -> LayerSpec:
-    """Tokens wait exactly for at most one block beside the window, because words pack several tokens."""
-    rung = Rung(codec, codec, blocks(context.max_len, block_size))
-    return LayerSpec(rungs=(rung,), policy=Recency(num_sinks=num_sinks), window=window, block_size=block_size)
+    return one_rung(context, codec, codec, num_sinks=num_sinks, window=window, block_size=block_size)

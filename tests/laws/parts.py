@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvcomp_jax as kvc
-from kvcomp_jax.codecs import Affine, Codebook, Identity, Rotated
+from kvcomp_jax.codecs import Affine, Codebook, Float4, Float8, Identity, Rotated, Sketched
 from kvcomp_jax.types import Constant
 
 HEAD_DIM = 64
@@ -25,6 +25,15 @@ CODECS = [
     Affine(bits=4, axis="token"),
     Affine(bits=4, axis="channel", group_size=64, symmetric=True),
     Affine(bits=2, axis="channel", group_size=32, metadata_dtype="float32"),
+    *(Codebook(levels=uneven(b), normalise="range") for b in (2, 3, 4)),
+    Codebook(levels=uneven(3), metadata_dtype="float32"),
+    Codebook(levels=uneven(2), values=Constant(uneven(2).value * np.float32(1.1)), normalise="none"),
+    Rotated(inner=Codebook(levels=uneven(4)), seed=0),
+    Sketched(inner=Codebook(levels=uneven(1))),
+    Rotated(inner=Sketched(inner=Affine(bits=2, axis="token"), seed=1, metadata_dtype="float32")),
+    *(Float8(format=f, scale=s) for f in ("e4m3", "e5m2") for s in (0.25, "token")),
+    *(Float4(group_size=16, block_scale="e4m3", scale=s) for s in (1.5, "token")),
+    Float4(group_size=32, block_scale="e8m0"),
     Affine(bits=4, axis="token", clip=0.9),
     Rotated(inner=Identity()),
     *(Rotated(inner=Affine(bits=b, axis="token", clip=0.95)) for b in (2, 3, 4)),
@@ -50,6 +59,11 @@ METHODS = [
     "quarot",
     "quarot:k_bits=3,v_bits=2,seed=1,num_sinks=2",
     "h2o:budget=90+quarot",
+    "turboquant:k_bits=3,v_bits=2,block_size=32",
+    "turboquant:bits=2,sketch=true,block_size=32,num_sinks=2,window=5",
+    "fp8:format=e5m2,scale=token,block_size=16",
+    "nvfp4:block_size=16",
+    "h2o:budget=90+mxfp4",
 ]
 
 HEADS = [(4, 4), (6, 2), (3, 1)]  # multi-head, grouped-query, multi-query
