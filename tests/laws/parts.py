@@ -38,9 +38,6 @@ CODECS = [
     Rotated(inner=Identity()),
     *(Rotated(inner=Affine(bits=b, axis="token", clip=0.95)) for b in (2, 3, 4)),
     Rotated(inner=Affine(bits=4, axis="channel", group_size=32), seed=3),
-    *(Codebook(levels=uneven(b), normalise="range") for b in (2, 3, 4)),
-    Codebook(levels=uneven(3), metadata_dtype="float32"),
-    Codebook(levels=uneven(2), values=Constant(uneven(2).value * np.float32(1.1)), normalise="none"),
 ]
 
 METHODS = [

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcomp_jax.codecs import Affine, Identity, Rotated
-from pallas_kernels.formats import Quantized
 from pallas_kernels.packing import BITS, pack, pack_unit, unpack
 from tests.laws.parts import CODECS, HEAD_DIM, normal
 
