@@ -91,8 +91,8 @@ class CachePlan:
 def _limited(cache: LayerCache, specs: list[LayerSpec]) -> LayerCache:
     """Restrict each row of a cache to the sizes of its own spec.
 
-    A short row's budget may call for another kind of cache in a sliding-window layer, one that evicts, where the longest
-    row's is a ring of the whole window; such a row gets the ring, and loses nothing.
+    A short row's budget may call for another kind of cache in a sliding-window layer, one that evicts, where the
+    longest row's is a ring of the whole window; such a row gets the ring, and loses nothing.
     """
     specs = [spec if len(spec.rungs) == len(cache.spec.rungs) else cache.spec for spec in specs]
     for spec in specs:
