@@ -21,7 +21,7 @@ def measure_steps(record: Record, methods: Sequence[str], context: int, rounds: 
     lm = models.load("smollm2", dtype=jnp.float32)
     programs, facts = {}, {}
     for method in methods:
-        plan = kvc.parse(method).plan(lm.config.layout, max_len=context + _STEPS, prompt_len=context)
+        plan = kvc.parse(method).plan(lm.layout, max_len=context + _STEPS, prompt_len=context)
         caches = jax.block_until_ready(_filled(plan, context))
         stepper = Stepper(lm, plan, _STEPS)
         programs[method] = _sample(stepper, caches)

@@ -62,7 +62,7 @@ def main(config: Config) -> None:
     """Run the comparison and write its report."""
     console = Console()
     methods = list(dict.fromkeys(["full", *split_methods(config.methods)]))
-    layout = models.load_config(config.model).layout
+    layout = models.load_layout(config.model)
     check(config, layout, methods)
     text = load_text(config.text)
     with console.status(f"loading {config.model}"):

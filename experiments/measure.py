@@ -66,9 +66,7 @@ class Bench:
 
     def _score(self, method: str, advance: Callable[[], None]) -> tuple[list[Score], dict[str, Any]]:
         config, lm = self.config, self.lm
-        plan = kvc.parse(method).plan(
-            lm.config.layout, max_len=config.context + config.score, prompt_len=config.context
-        )
+        plan = kvc.parse(method).plan(lm.layout, max_len=config.context + config.score, prompt_len=config.context)
         scores, seconds, compile_s, caches = [], [], 0.0, ()
         for i, window in enumerate(self.windows):
             prompt, rest = window[: config.context], jnp.asarray(window[config.context :])

@@ -36,7 +36,7 @@ def main(config: Config) -> None:
     if config.cache_dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"cache_dtype={config.cache_dtype!r} must be float32, bfloat16 or float16.")
     methods = split_methods(config.methods)  # a misspelt name is complained of before the model is looked for
-    layout = models.load_config(config.model).layout
+    layout = models.load_layout(config.model)
     rows = {method: forecast(method, layout, config) for method in methods}
     full = forecast("full", layout, config)
     table = Table(title=f"{config.model}: {config.batch} rows of {config.context} tokens, {config.cache_dtype}")

@@ -3,19 +3,34 @@
 from kvcomp_jax.accounting import Bytes, forecast, live_tokens, nbytes
 from kvcomp_jax.attention import AttnState, causal_attention, finalize, lse, merge, psum_merge
 from kvcomp_jax.cache import LayerCache, init, settle
-from kvcomp_jax.codecs import Affine, Codebook, Codec, Float4, Float8, Identity, Rotated, Sketched
+from kvcomp_jax.codecs import (
+    AcrossHeads,
+    Affine,
+    Codebook,
+    Codec,
+    Float4,
+    Float8,
+    Identity,
+    Outliers,
+    PerChannel,
+    PreRope,
+    Rotated,
+    Sketched,
+)
 from kvcomp_jax.kernels import TierKernel, kernels_in_use
 from kvcomp_jax.methods import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.plan import CachePlan, Layout
 from kvcomp_jax.policies import HeavyHitter, Policy, Probes, Prompt, Recency
 from kvcomp_jax.prompt import PromptCache, attend, close_prompt, detach, open_prompt, positions, prefill
 from kvcomp_jax.read import decode
+from kvcomp_jax.rotary import Rotary
 from kvcomp_jax.rows import free_row, insert_row
 from kvcomp_jax.spec import LayerSpec, Rung
 from kvcomp_jax.types import Constant
 
 __all__ = [
     "METHODS",
+    "AcrossHeads",
     "Affine",
     "AttnState",
     "Bytes",
@@ -33,11 +48,15 @@ __all__ = [
     "Layout",
     "Method",
     "MethodInfo",
+    "Outliers",
+    "PerChannel",
     "Policy",
+    "PreRope",
     "Probes",
     "Prompt",
     "PromptCache",
     "Recency",
+    "Rotary",
     "Rotated",
     "Rung",
     "Sketched",

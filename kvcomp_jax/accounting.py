@@ -105,9 +105,9 @@ def _layer_bytes(cache: LayerCache, held: _Occupancy) -> tuple[int, int]:
     for tier, live in zip(cache.tiers, held.tiers, strict=True):
         for tokens in map(int, live):
             for codec in (tier.k_codec, tier.v_codec):
-                extra = codec.metadata_bits(tokens, head_dim)
-                payload += heads * (codec.nbits(tokens, head_dim) - extra) // 8
-                metadata += heads * extra // 8
+                total, extra = codec.size(tokens, heads, head_dim)
+                payload += (total - extra) // 8
+                metadata += extra // 8
             metadata += 4 * heads * tokens * ((tier.pos is not None) + (tier.stat is not None))
     counters = [cache.length, cache.settled, cache.window_limit]
     counters += [x for tier in cache.tiers for x in (tier.entered, tier.limit)]

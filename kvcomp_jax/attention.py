@@ -5,6 +5,7 @@ shards of other devices each give a state, and `merge` joins them. Source: Flash
 Milakov and Gimelshein 2018, arXiv:1805.02867; its use for splits, Dao et al. 2023 (Flash-Decoding).
 """
 
+import functools
 from collections.abc import Callable
 from functools import reduce
 
@@ -106,7 +107,7 @@ def causal_attention(
     soft_cap: float | None = None,
     sliding_window: int | None = None,
 ) -> jax.Array:
-    """Attend causally within one sequence a row, without a cache.
+    """Attend causally within one sequence a row, without a cache. Gradients compute the logits anew.
 
     Args:
       q: [B, T, H, D]. k, v: [B, T, K, D], H a multiple of K.
@@ -118,13 +119,12 @@ def causal_attention(
       [B, T, H, D] in q's dtype. Right padding needs no mask: it never precedes a real token.
     """
     check_qkv(q, k, v)
-    acc, top, total = prefill_op.prefill(
+    options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
+    acc, top, total = jax.checkpoint(functools.partial(prefill_op.prefill, **options))(
         group_queries(scaled(q, sm_scale), k.shape[2]),
         k.swapaxes(1, 2),
         v.swapaxes(1, 2),
         jnp.zeros(q.shape[0], jnp.int32),
-        soft_cap=soft_cap,
-        sliding_window=sliding_window,
     )
     return ungroup_queries(finalize(AttnState(acc=acc, max=top, sum=total))).astype(q.dtype)
 

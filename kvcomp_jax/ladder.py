@@ -15,7 +15,7 @@ from kvcomp_jax.types import pytree
 
 @pytree
 class Block:
-    """Tokens between two places. Every array is [B, K, rows, ...] with rows proportional to tokens."""
+    """Tokens between two places. Every array is [B, K or 1, rows, ...] with rows proportional to tokens."""
 
     k_codec: Codec
     v_codec: Codec
@@ -90,11 +90,15 @@ def _insert_ranked(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> 
 
 
 def take(rows: Any, index: jax.Array, num_units: int) -> Any:
-    """Gather units index i32[B, K, n] of arrays [B, K, rows, ...] that hold `num_units`; out of range is clipped."""
+    """Gather units index i32[B, K, n] of arrays [B, K, rows, ...] that hold `num_units`; out of range is clipped.
+
+    Arrays of one head, shared by all, go by the first head's index.
+    """
 
     def one(x: jax.Array) -> jax.Array:
         x = _by_unit(x, num_units)
-        where = index.reshape(*index.shape, *(1,) * (x.ndim - 3))
+        here = index[:, : x.shape[1]]
+        where = here.reshape(*here.shape, *(1,) * (x.ndim - 3))
         x = jnp.take_along_axis(x, where, 2, mode="clip")
         return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
@@ -102,13 +106,13 @@ def take(rows: Any, index: jax.Array, num_units: int) -> Any:
 
 
 def put(rows: Any, index: jax.Array, new: Any, num_units: int) -> Any:
-    """Write units of `new` at index i32[B, K, n]; out of range is dropped."""
+    """Write units of `new` at index i32[B, K, n]; out of range is dropped. Heads as in `take`."""
     b = jnp.arange(index.shape[0])[:, None, None]
-    h = jnp.arange(index.shape[1])[None, :, None]
 
     def one(x: jax.Array, y: jax.Array) -> jax.Array:
+        h = jnp.arange(x.shape[1])[None, :, None]
         y = _by_unit(y, index.shape[2]).astype(x.dtype)
-        return _by_unit(x, num_units).at[b, h, index].set(y, mode="drop").reshape(x.shape)
+        return _by_unit(x, num_units).at[b, h, index[:, : x.shape[1]]].set(y, mode="drop").reshape(x.shape)
 
     return jax.tree.map(one, rows, new)
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 
 from kvcomp_jax.cache import LayerCache, init
+from kvcomp_jax.rotary import Rotary
 from kvcomp_jax.spec import LayerSpec, Rung
 
 
@@ -18,6 +19,9 @@ class Layout:
       num_layers, num_kv_heads, head_dim: Sizes.
       sliding_windows: Tokens that queries of each layer see, None for all; empty means None everywhere.
       max_positions: Positions that the model was made for; None if it has no limit.
+      ropes: How keys of each layer are rotated, None for not at all; empty means None everywhere.
+      fingerprint: Of configuration and weights; None if unknown.
+      calibrations: Folder beside the model for what was calibrated for it; None if unknown.
     """
 
     num_layers: int
@@ -25,10 +29,30 @@ class Layout:
     head_dim: int
     sliding_windows: tuple[int | None, ...] = ()
     max_positions: int | None = None
+    ropes: tuple[Rotary | None, ...] = ()
+    fingerprint: str | None = None
+    calibrations: str | None = None
 
     def __post_init__(self) -> None:
-        if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
-            raise ValueError(f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers.")
+        for name in ("sliding_windows", "ropes"):
+            given = getattr(self, name)
+            if given and len(given) != self.num_layers:
+                raise ValueError(f"{name} has {len(given)} entries for {self.num_layers} layers.")
+
+    def rope(self, layer: int, max_len: int) -> Rotary | None:
+        """How keys of a layer are rotated in texts of up to `max_len` tokens.
+
+        Raises:
+          ValueError: If the frequencies change with the text's length before that.
+        """
+        rope = self.ropes[layer] if self.ropes else None
+        if rope is not None and rope.max_len is not None and max_len > rope.max_len:
+            raise ValueError(
+                f"keys rotate by frequencies that change once a text exceeds {rope.max_len} tokens, so they cannot be "
+                f"undone in texts of up to max_len={max_len}; keep texts shorter, or use a method that stores keys "
+                "rotated."
+            )
+        return rope
 
 
 class Planner(Protocol):
@@ -116,7 +140,7 @@ def clip(spec: LayerSpec, max_len: int) -> LayerSpec:
     return dataclasses.replace(spec, window=min(spec.window, max_len), rungs=tuple(fit(rung) for rung in spec.rungs))
 
 
-def localise(spec: LayerSpec, sliding_window: int, max_len: int, head_dim: int) -> LayerSpec:
+def localise(spec: LayerSpec, sliding_window: int, max_len: int, head_dim: int, num_kv_heads: int = 1) -> LayerSpec:
     """Fit a spec to a layer whose queries see only `sliding_window` tokens.
 
     The cache then never occupies more than the exact ring of that window: an evicting spec that is larger, or a
@@ -126,7 +150,9 @@ def localise(spec: LayerSpec, sliding_window: int, max_len: int, head_dim: int) 
     ring = LayerSpec(window=window, sliding_window=sliding_window)
     if spec.policy.fifo and spec.rungs:
         spec = _cut(spec, window)
-    if spec.max_tokens > window + 2 * spec.block_size or _bits(spec, head_dim) >= _bits(ring, head_dim):
+    if spec.max_tokens > window + 2 * spec.block_size or _bits(spec, num_kv_heads, head_dim) >= _bits(
+        ring, num_kv_heads, head_dim
+    ):
         return ring
     return dataclasses.replace(spec, sliding_window=sliding_window)
 
@@ -143,8 +169,8 @@ def _cut(spec: LayerSpec, num_tokens: int) -> LayerSpec:
     return dataclasses.replace(spec, rungs=tuple(rungs)) if rungs else LayerSpec(window=num_tokens)
 
 
-def _bits(spec: LayerSpec, head_dim: int) -> int:
-    """Allocated bits a row and head with 16-bit exact tokens."""
+def _bits(spec: LayerSpec, num_kv_heads: int, head_dim: int) -> int:
+    """Allocated bits a row with 16-bit exact tokens."""
     bound = spec.bind(jnp.bfloat16)
-    rungs = sum(c.nbits(r.capacity, head_dim) for r in bound.rungs for c in (r.k, r.v))
-    return rungs + (spec.window_slots + spec.policy.num_sinks) * 2 * head_dim * 16
+    rungs = sum(c.size(r.capacity, num_kv_heads, head_dim)[0] for r in bound.rungs for c in (r.k, r.v))
+    return rungs + (spec.window_slots + spec.policy.num_sinks) * 2 * num_kv_heads * head_dim * 16

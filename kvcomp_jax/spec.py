@@ -75,6 +75,11 @@ class LayerSpec:
             block = self.block_size if self.policy.fifo else math.lcm(self.block_size, rung.unit)
             for codec in (rung.k, rung.v):
                 codec.check(head_dim, block)
+                if codec.joins_heads and not self.policy.fifo:
+                    raise ValueError(
+                        f"{type(self.policy).__name__} keeps different tokens in each head, and {codec.name} "
+                        "stores the heads of a token together; encode each head alone."
+                    )
             if self.block_size % rung.unit:
                 raise ValueError(
                     f"block_size={self.block_size} must be a multiple of {rung.unit}, "

@@ -32,7 +32,7 @@ class Queries:
 
 @pytree
 class Tier:
-    """One rung's tokens. Encoded arrays are [B, K, rows, ...] with rows proportional to slots."""
+    """One rung's tokens. Encoded arrays are [B, K or 1, rows, ...] with rows proportional to slots."""
 
     k_codec: Codec
     v_codec: Codec
@@ -98,13 +98,12 @@ def visible(queries: Queries, pos: jax.Array) -> jax.Array:
 
 def logits_of(queries: Queries, codec: Codec, k: Encoded, pos: jax.Array) -> jax.Array:
     """Capped logits of encoded keys, f32[B, K, R, S], for pos i32[B, K or 1, S]."""
-    every_head = jnp.broadcast_to(pos, (*queries.q.shape[:2], pos.shape[-1]))
-    return capped(codec.dot(queries.q, k, every_head), queries.soft_cap)
+    return capped(codec.dot(queries.q, k, pos), queries.soft_cap)
 
 
 def mix_of(codec: Codec, v: Encoded, pos: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """Return p -> p . V for encoded values."""
-    return lambda p: codec.mix(p, v, jnp.broadcast_to(pos, (*p.shape[:2], pos.shape[-1])))
+    return lambda p: codec.mix(p, v, pos)
 
 
 def attend_tier(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:

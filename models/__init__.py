@@ -4,7 +4,7 @@ from models.config import ConfigError, ModelConfig
 from models.errors import CheckpointError
 from models.integer_weights import to_integers
 from models.integers import IntegerFormat
-from models.language_model import LanguageModel, load, load_config
+from models.language_model import LanguageModel, load, load_config, load_layout
 from models.rotation import rotate
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -19,6 +19,7 @@ __all__ = [
     "Transformer",
     "load",
     "load_config",
+    "load_layout",
     "rotate",
     "to_integers",
 ]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import kvcomp_jax as kvc
 from models.families import ConfigError, read_config
 from models.integers import IntegerFormat
-from models.rope import RopeConfig
+from models.rope import RopeConfig, rotary
 
 __all__ = ["ConfigError", "ModelConfig", "RopeConfig"]
 
@@ -58,6 +58,7 @@ class ModelConfig:
             head_dim=self.head_dim,
             sliding_windows=self.sliding_windows,
             max_positions=self.max_positions,
+            ropes=tuple(rotary(rope) for rope in self.ropes),
         )
 
     @classmethod

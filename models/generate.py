@@ -88,7 +88,7 @@ def generate(
             f"{max(lengths)} prompt tokens + max_new_tokens={max_new_tokens} exceed the model's "
             f"{lm.config.max_positions} positions."
         )
-    plan = kvc.parse(method).plan(lm.config.layout, max_len=max_len, prompt_len=max(lengths))
+    plan = kvc.parse(method).plan(lm.layout, max_len=max_len, prompt_len=max(lengths))
     dtype = cache_dtype or lm.dtype
     caches = plan.init(batch=len(ids), dtype=dtype, prompt_lens=lengths)
     # A cached key keeps its angle, so frequencies that switch at a length (longrope) go by the final one throughout.
@@ -99,7 +99,7 @@ def generate(
     state, texts, decode_s, compile_s = _decode(lm, plan, sampling, state, stops, stream)
     rows = [[int(t) for t in row if t >= 0] for row in np.asarray(state.tokens)]
     held = kvc.nbytes(state.caches)
-    full = kvc.parse("full").plan(lm.config.layout, max_len=max_len)
+    full = kvc.parse("full").plan(lm.layout, max_len=max_len)
     whole = kvc.forecast(full, np.asarray(state.caches[0].length).tolist(), dtype)
     rate = sum(map(len, rows)) / decode_s if decode_s else float("inf")
     return Generation(texts, rows, Stats(prefill_s, decode_s, prefill_compile_s + compile_s, rate, held, whole))

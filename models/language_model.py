@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+import kvcomp_jax as kvc
 from models import checkpoint, gguf, hf
 from models.config import ModelConfig
 from models.errors import CheckpointError
+from models.fingerprint import fingerprint
 from models.precision import resolve_dtype
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -25,11 +27,18 @@ _SMOLLM2 = "smollm2"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """Config, parameters and tokenizer (None if the checkpoint has none)."""
+    """Config, parameters, tokenizer (None if the checkpoint has none), and where it was loaded from (None: nowhere)."""
 
     config: ModelConfig
     params: Any
     tokenizer: Tokenizer | None = None
+    source: Path | None = None
+
+    @functools.cached_property
+    def layout(self) -> kvc.Layout:
+        """What a cache plan needs to know, with the model's fingerprint and the place of its calibrations."""
+        known = fingerprint(self.config, self.params)
+        return dataclasses.replace(self.config.layout, fingerprint=known, calibrations=_calibrations(self.source))
 
     @property
     def dtype(self) -> Any:
@@ -117,7 +126,7 @@ def load(path: str | Path, *, dtype: Any = None) -> LanguageModel:
         raise CheckpointError(
             f"{place}: the tokenizer has id {tokenizer.largest_id}, the vocabulary only {config.vocab_size} entries."
         )
-    return LanguageModel(config, params, tokenizer)
+    return LanguageModel(config, params, tokenizer, place)
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -126,6 +135,11 @@ def load_config(path: str | Path) -> ModelConfig:
     if place.is_file():
         return gguf.load_config(place)
     return checkpoint.load_config(place) if checkpoint.is_checkpoint(place) else hf.load_config(place)
+
+
+def load_layout(path: str | Path) -> kvc.Layout:
+    """Read only what a cache plan needs to know of a model, without its fingerprint, which its weights are part of."""
+    return dataclasses.replace(load_config(path).layout, calibrations=_calibrations(locate(path)))
 
 
 def locate(path: str | Path) -> Path:
@@ -154,6 +168,13 @@ def check_ids(tokens: jax.Array, vocab_size: int) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}.")
+
+
+def _calibrations(place: Path | None) -> str | None:
+    """The folder beside a model that holds what was calibrated for it."""
+    if place is None:
+        return None
+    return str(place.with_suffix(".calibration") if place.is_file() else place / "calibration")
 
 
 def _packaged(module: str, command: str) -> Path:

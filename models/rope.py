@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvcomp_jax.rotary import Rotary, turn
+from kvcomp_jax.types import Constant
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -46,23 +49,23 @@ def frequencies(rope: RopeConfig, seq_len: jax.Array) -> jax.Array:
     published implementations do, whose base drifts slowly; for "longrope" the two sets differ much, and a caller who
     knows that a text will pass `original_max` should give its final length from the start.
     """
-    exponent = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     if rope.kind == "dynamic":
         longest = jnp.maximum(seq_len, rope.original_max).astype(jnp.float32)
         stretch = rope.factor * longest / rope.original_max - (rope.factor - 1)
         base = rope.theta * stretch ** (rope.dim / (rope.dim - 2))
-        return 1.0 / base[:, None] ** jnp.asarray(exponent)[None]
-    inverse = 1.0 / np.float32(rope.theta) ** exponent
+        return 1.0 / base[:, None] ** jnp.asarray(_exponent(rope))[None]
+    short = jnp.asarray(_steady(rope), jnp.float32)[None]
     if rope.kind == "longrope":
-        short, long = (inverse / np.asarray(f, np.float32) for f in (rope.short_factor, rope.long_factor))
-        return jnp.where((seq_len > rope.original_max)[:, None], jnp.asarray(long)[None], jnp.asarray(short)[None])
-    if rope.kind == "linear":
-        inverse = inverse / rope.factor
-    elif rope.kind == "yarn":
-        inverse = _yarn(rope, inverse)
-    elif rope.kind == "llama3":
-        inverse = _llama3(rope, inverse)
-    return jnp.broadcast_to(jnp.asarray(inverse, jnp.float32)[None], (seq_len.shape[0], rope.dim // 2))
+        long = _unscaled(rope) / np.asarray(rope.long_factor, np.float32)
+        return jnp.where((seq_len > rope.original_max)[:, None], jnp.asarray(long)[None], short)
+    return jnp.broadcast_to(short, (seq_len.shape[0], rope.dim // 2))
+
+
+def rotary(rope: RopeConfig) -> Rotary:
+    """What a cache needs to know of a rope, with the frequencies of texts up to which they are the same."""
+    switches = rope.kind in ("dynamic", "longrope")
+    inv_freq = Constant(np.asarray(_steady(rope), np.float32))
+    return Rotary(inv_freq, scale=rope.attention_factor, max_len=rope.original_max if switches else None)
 
 
 def angles(rope: RopeConfig, pos: jax.Array, seq_len: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -73,10 +76,27 @@ def angles(rope: RopeConfig, pos: jax.Array, seq_len: jax.Array) -> tuple[jax.Ar
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate x [B, T, H, D] by angles [B, T, dim // 2], pairing dimension i with i + dim // 2; the rest passes."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    a, b, rest = (part.astype(jnp.float32) for part in jnp.split(x, (half, 2 * half), -1))
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
+    return turn(x, cos[:, :, None], sin[:, :, None]).astype(x.dtype)
+
+
+def _exponent(rope: RopeConfig) -> np.ndarray:
+    return np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+
+
+def _unscaled(rope: RopeConfig) -> np.ndarray:
+    return 1.0 / np.float32(rope.theta) ** _exponent(rope)
+
+
+def _steady(rope: RopeConfig) -> np.ndarray:
+    """Frequencies f32[dim // 2] of texts that are not longer than `original_max`, where that matters."""
+    inverse = _unscaled(rope)
+    if rope.kind == "longrope":
+        return inverse / np.asarray(rope.short_factor, np.float32)
+    if rope.kind == "linear":
+        return inverse / rope.factor
+    if rope.kind == "yarn":
+        return _yarn(rope, inverse)
+    return _llama3(rope, inverse) if rope.kind == "llama3" else inverse
 
 
 def _yarn(rope: RopeConfig, inverse: np.ndarray) -> np.ndarray:

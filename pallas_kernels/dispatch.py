@@ -56,12 +56,18 @@ class Choice:
 
 
 _target = jax.make_user_context(default_value=None)
+_passed_over = jax.make_user_context(default_value=())
 _log: list[list[Choice]] = []
 
 
 def compile_for(target: Target) -> contextlib.AbstractContextManager:
     """Choose backends for `target` while tracing, instead of for this process's own device (ahead-of-time use)."""
     return _target(target)
+
+
+def without(*backends: str) -> contextlib.AbstractContextManager:
+    """Pass over backends while tracing, e.g. all but the reference where something is to be differentiated."""
+    return _passed_over(_checked(backends, "without"))
 
 
 def target() -> Target:
@@ -104,10 +110,14 @@ def call(
     if implementation is not None and implementation not in BACKENDS:
         raise ValueError(f"implementation={implementation!r} must be None or one of {', '.join(BACKENDS)}.")
     function, reasons = function or operation, []
-    without = _without() if implementation is None else ()
+    without = _environment() if implementation is None else ()
+    skipped = _passed_over.value if implementation is None else ()
     for backend in _ORDER[target().platform] if implementation is None else (implementation,):
         if backend in without:
             reasons.append((backend, "KVCOMP_WITHOUT names it."))
+            continue
+        if backend in skipped:
+            reasons.append((backend, "the caller does without it."))
             continue
         more = {"interpret": interpret} if backend in _INTERPRETED else {}
         try:
@@ -123,11 +133,14 @@ def call(
     raise AssertionError(f"{operation} has no reference.")
 
 
-def _without() -> tuple[str, ...]:
-    names = tuple(name for name in os.environ.get("KVCOMP_WITHOUT", "").split(",") if name)
+def _environment() -> tuple[str, ...]:
+    return _checked(tuple(filter(None, os.environ.get("KVCOMP_WITHOUT", "").split(","))), "KVCOMP_WITHOUT")
+
+
+def _checked(names: tuple[str, ...], who: str) -> tuple[str, ...]:
     for name in names:
         if name not in BACKENDS[1:]:
-            raise ValueError(f"KVCOMP_WITHOUT={','.join(names)} names {name!r}; known: {', '.join(BACKENDS[1:])}.")
+            raise ValueError(f"{who}={','.join(names)} names {name!r}; known: {', '.join(BACKENDS[1:])}.")
     return names
 
 

@@ -1,12 +1,32 @@
 """How a block of K or V rows is stored: one codec a file."""
 
+from kvcomp_jax.codecs.across_heads import AcrossHeads
 from kvcomp_jax.codecs.affine import Affine
 from kvcomp_jax.codecs.base import Codec, Encoded
 from kvcomp_jax.codecs.codebook import Codebook
 from kvcomp_jax.codecs.float4 import Float4
 from kvcomp_jax.codecs.float8 import Float8
 from kvcomp_jax.codecs.identity import Identity
+from kvcomp_jax.codecs.outliers import Outliers
+from kvcomp_jax.codecs.per_channel import PerChannel
+from kvcomp_jax.codecs.pre_rope import PreRope
 from kvcomp_jax.codecs.rotated import Rotated
 from kvcomp_jax.codecs.sketched import Sketched
+from kvcomp_jax.codecs.wrapper import Wrapper
 
-__all__ = ["Affine", "Codebook", "Codec", "Encoded", "Float4", "Float8", "Identity", "Rotated", "Sketched"]
+__all__ = [
+    "AcrossHeads",
+    "Affine",
+    "Codebook",
+    "Codec",
+    "Encoded",
+    "Float4",
+    "Float8",
+    "Identity",
+    "Outliers",
+    "PerChannel",
+    "PreRope",
+    "Rotated",
+    "Sketched",
+    "Wrapper",
+]

@@ -15,12 +15,19 @@ class Codec(abc.ABC):
     `decode` defines the codec; `dot` and `mix` are the two contractions that attention needs and must agree with it.
     Every array of an encoding is [*b, rows, ...] with rows proportional to tokens, so that encodings of consecutive
     units of tokens concatenate along that axis; this is what lets blocks move between rungs without re-encoding.
+    Where a codec joins the heads of a token, the last of *b, the heads, is 1.
+    Positions are i32[*b, S]; in reads their last leading axis may be 1 where heads share them.
     """
 
     @property
     @abc.abstractmethod
     def unit(self) -> int:
         """Tokens that are encoded inseparably: 1 when every token stands alone."""
+
+    @property
+    def joins_heads(self) -> bool:
+        """Whether the heads of a token are stored together, so that all must hold the same tokens."""
+        return False
 
     @abc.abstractmethod
     def encode(self, x: jax.Array, pos: jax.Array) -> Encoded:
@@ -37,6 +44,13 @@ class Codec(abc.ABC):
     @abc.abstractmethod
     def metadata_bits(self, num_tokens: int, head_dim: int) -> int:
         """The part of `nbits` that is not codes."""
+
+    def size(self, num_tokens: int, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
+        """Bits that `num_tokens` tokens of all heads occupy, and the part of them that is not codes, exactly."""
+        return (
+            num_kv_heads * self.nbits(num_tokens, head_dim),
+            num_kv_heads * self.metadata_bits(num_tokens, head_dim),
+        )
 
     def dot(self, q: jax.Array, enc: Encoded, pos: jax.Array) -> jax.Array:
         """Return q . K^T, f32[*b, R, S], for q [*b, R, D]."""

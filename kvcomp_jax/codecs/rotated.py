@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import lru_cache
-from typing import Any
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,13 @@ import numpy as np
 
 from kvcomp_jax.codecs.affine import Affine
 from kvcomp_jax.codecs.base import Codec, Encoded
+from kvcomp_jax.codecs.wrapper import Wrapper
 from kvcomp_jax.types import pytree, static
 from pallas_kernels.hadamard import check_hadamard, hadamard, rotate_quantize_pack
 
 
 @pytree
-class Rotated(Codec):
+class Rotated(Wrapper):
     """Rotate rows by an orthonormal Hadamard matrix H before the inner codec stores them: x -> (x * signs) H.
 
     Spreads outlier channels over all channels, so that the inner codec sees a flatter range. Exact up to rounding:
@@ -25,23 +26,12 @@ class Rotated(Codec):
     Source: QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 4; head_dims as in `pallas_kernels.hadamard`.
     """
 
-    inner: Codec
     seed: int | None = static(default=None)
-
-    @property
-    def unit(self) -> int:
-        """The inner codec's."""
-        return self.inner.unit
 
     @property
     def stored(self) -> Codec:
         """What the inner codec stores."""
         return self.inner.stored
-
-    @property
-    def name(self) -> str:
-        """Rotated(inner)."""
-        return f"{type(self).__name__}({self.inner.name})"
 
     def enter(self, q: jax.Array) -> jax.Array:
         """Rotate queries."""
@@ -69,29 +59,13 @@ class Rotated(Codec):
         """Undo the rotation of the mixed rows."""
         return self._turn_back(self.inner.mix(p, enc, pos))
 
-    def nbits(self, num_tokens: int, head_dim: int) -> int:
-        """The inner codec's: matrix and signs are computed."""
-        return self.inner.nbits(num_tokens, head_dim)
-
-    def metadata_bits(self, num_tokens: int, head_dim: int) -> int:
-        """The inner codec's."""
-        return self.inner.metadata_bits(num_tokens, head_dim)
-
     def check(self, head_dim: int, block_size: int) -> None:
         """Raise ValueError if there is no Hadamard matrix for head_dim, or the inner codec cannot store such rows."""
         check_hadamard(head_dim)
         self.inner.check(head_dim, block_size)
 
-    def bind(self, dtype: Any) -> "Rotated":
-        """Bind the inner codec."""
-        return dataclasses.replace(self, inner=self.inner.bind(dtype))
-
-    def prepare(self, batch: int, num_kv_heads: int, head_dim: int) -> "Rotated":
-        """Prepare the inner codec."""
-        return dataclasses.replace(self, inner=self.inner.prepare(batch, num_kv_heads, head_dim))
-
-    def fit(self, x: jax.Array, live: jax.Array) -> "Rotated":
-        """Fit the inner codec to the rotated prompt."""
+    def fit(self, x: jax.Array, live: jax.Array) -> Self:
+        """Fit the inner codec to rotated rows."""
         return dataclasses.replace(self, inner=self.inner.fit(self._turn(x), live))
 
     def _signed(self, x: jax.Array) -> jax.Array:

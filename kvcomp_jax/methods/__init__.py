@@ -5,6 +5,7 @@ from kvcomp_jax.methods.full import full
 from kvcomp_jax.methods.h2o import h2o
 from kvcomp_jax.methods.int8_int4 import int4, int8
 from kvcomp_jax.methods.kivi import kivi
+from kvcomp_jax.methods.kvquant import kvquant
 from kvcomp_jax.methods.nvfp4 import mxfp4, nvfp4
 from kvcomp_jax.methods.quarot import quarot
 from kvcomp_jax.methods.registry import METHODS, Context, Method, MethodInfo, method, parse
@@ -22,6 +23,7 @@ __all__ = [
     "int4",
     "int8",
     "kivi",
+    "kvquant",
     "method",
     "mxfp4",
     "nvfp4",

@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import types
 import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
+from kvcomp_jax.calibrate.layer import Calibrate
 from kvcomp_jax.plan import CachePlan, Layout, clip, localise
 from kvcomp_jax.spec import LayerSpec
 
@@ -52,7 +54,7 @@ class MethodInfo:
       build: Returns the spec.
       advice: When to take it, one sentence.
       settings: Options of the settings that its source reports, as on a command line; "" is the defaults.
-      calibration: Whether it needs a file that `experiments.calibrate` makes.
+      calibrate: What makes the file it needs, see `Calibrate`; None needs none.
     """
 
     name: str
@@ -60,10 +62,15 @@ class MethodInfo:
     bits: str
     source: str
     summary: str
-    build: Callable[..., LayerSpec]
+    build: Callable[..., LayerSpec | tuple[LayerSpec, ...]]
     advice: str = ""
     settings: tuple[str, ...] = ("",)
-    calibration: bool = False
+    calibrate: Calibrate | None = None
+
+    @property
+    def calibration(self) -> bool:
+        """Whether it needs to be calibrated for a model."""
+        return self.calibrate is not None
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
@@ -81,16 +88,20 @@ def method(
     source: str,
     advice: str = "",
     settings: tuple[str, ...] = ("",),
-    calibration: bool = False,
+    calibrate: Calibrate | None = None,
 ) -> Callable:
-    """Register a function `(context, *, options) -> LayerSpec` under its own name; see `MethodInfo`."""
+    """Register a function `(context, *, options) -> LayerSpec` under its own name; see `MethodInfo`.
 
-    def register(build: Callable[..., LayerSpec]) -> Callable[..., LayerSpec]:
+    It may return one spec for all layers, or a tuple with one for each. `calibrate` makes what it needs to know of a
+    layer, see `Calibrate`.
+    """
+
+    def register(build: Callable[..., Any]) -> Callable[..., Any]:
         name = build.__name__
         if name in METHODS:
             raise ValueError(f"method {name!r} is registered already.")
         summary = (inspect.getdoc(build) or "").partition("\n")[0]
-        METHODS[name] = MethodInfo(name, axis, bits, source, summary, build, advice, settings, calibration)
+        METHODS[name] = MethodInfo(name, axis, bits, source, summary, build, advice, settings, calibrate)
         return build
 
     return register
@@ -132,14 +143,22 @@ class Method:
             raise ValueError(f"max_len={max_len} must be at least 1 token.")
         context = Context(layout, max_len, prompt_len)
         try:
-            specs = [METHODS[name].build(context, **dict(options)) for name, options in self.parts]
-            spec = clip(specs[0] if len(specs) == 1 else _compose(self, specs), max_len)
-            spec.check(layout.head_dim)
+            built = [METHODS[name].build(context, **dict(options)) for name, options in self.parts]
+            every = [(part,) * layout.num_layers if isinstance(part, LayerSpec) else part for part in built]
+            fit = functools.cache(functools.partial(self._fit, context))  # layers are often alike
+            windows = layout.sliding_windows or (None,) * layout.num_layers
+            by_layer = zip(zip(*every, strict=True), windows, strict=True)
+            specs = tuple(fit(parts, window) for parts, window in by_layer)
         except ValueError as error:
             raise ValueError(f"{self}: {error}") from error
-        windows = layout.sliding_windows or (None,) * layout.num_layers
-        fitted = {w: spec if w is None else localise(spec, w, max_len, layout.head_dim) for w in set(windows)}
-        return CachePlan(tuple(fitted[w] for w in windows), layout, planner=self, max_len=max_len)
+        return CachePlan(specs, layout, planner=self, max_len=max_len)
+
+    def _fit(self, context: Context, parts: tuple[LayerSpec, ...], window: int | None) -> LayerSpec:
+        """The spec of one layer, whose queries see `window` tokens, from those of the method's parts."""
+        layout, max_len = context.layout, context.max_len
+        spec = clip(parts[0] if len(parts) == 1 else _compose(self, list(parts)), max_len)
+        spec.check(layout.head_dim)
+        return spec if window is None else localise(spec, window, max_len, layout.head_dim, layout.num_kv_heads)
 
 
 def parse(text: str) -> Method:

@@ -1,11 +1,25 @@
 """The registered parts that every law runs over, and how inputs are drawn."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import kvcomp_jax as kvc
-from kvcomp_jax.codecs import Affine, Codebook, Float4, Float8, Identity, Rotated, Sketched
+from kvcomp_jax.codecs import (
+    AcrossHeads,
+    Affine,
+    Codebook,
+    Float4,
+    Float8,
+    Identity,
+    Outliers,
+    PerChannel,
+    PreRope,
+    Rotated,
+    Sketched,
+)
 from kvcomp_jax.types import Constant
 
 HEAD_DIM = 64
@@ -16,6 +30,18 @@ def uneven(bits: int) -> Constant:
     even = np.linspace(-1, 1, 2**bits)
     return Constant((np.sign(even) * np.abs(even) ** 1.5).astype(np.float32))
 
+
+def per_channel(inner) -> PerChannel:
+    """Scales from a half to two, for two heads."""
+    draw = np.random.default_rng(1)
+    scale, zero_point = draw.uniform(0.5, 2, (2, HEAD_DIM)), draw.standard_normal((2, HEAD_DIM))
+    return PerChannel(
+        inner=inner, scale=Constant(scale.astype(np.float32)), zero_point=Constant(zero_point.astype(np.float32))
+    )
+
+
+ROPE = kvc.Rotary(Constant((1e4 ** -(np.arange(24) / 24)).astype(np.float32)), scale=1.2)  # 48 of 64 dimensions
+PLAIN_LEVELS = Codebook(levels=uneven(3), normalise="none")
 
 CODECS = [
     Identity(),
@@ -38,7 +64,19 @@ CODECS = [
     Rotated(inner=Identity()),
     *(Rotated(inner=Affine(bits=b, axis="token", clip=0.95)) for b in (2, 3, 4)),
     Rotated(inner=Affine(bits=4, axis="channel", group_size=32), seed=3),
+    Outliers(inner=Affine(bits=2, axis="token", group_size=32), num_outliers=6),
+    Outliers(inner=Affine(bits=4, axis="channel", group_size=32), num_outliers=2, value_dtype="bfloat16"),
+    AcrossHeads(inner=Outliers(inner=Codebook(levels=uneven(3), normalise="range"), num_outliers=2), num_heads=2),
+    AcrossHeads(inner=Outliers(inner=Identity(), num_outliers=2), num_heads=2),
+    per_channel(PLAIN_LEVELS),
+    PreRope(inner=Affine(bits=4, axis="channel", group_size=32), rope=ROPE),
+    PreRope(inner=per_channel(AcrossHeads(inner=Outliers(inner=PLAIN_LEVELS, num_outliers=4), num_heads=2)), rope=ROPE),
+    Rotated(inner=Outliers(inner=Codebook(levels=uneven(2), normalise="range"), num_outliers=2)),
 ]
+
+CALIBRATIONS = Path(__file__).parents[1] / "golden" / "methods"
+KVQUANT_3 = "kvquant:calibration=kvquant_3.safetensors"
+KVQUANT_2 = "kvquant:bits=2,outliers=0.05,num_sinks=0,across_heads=False,calibration=kvquant_2.safetensors"
 
 METHODS = [
     "full:block_size=16",
@@ -61,6 +99,9 @@ METHODS = [
     "fp8:format=e5m2,scale=token,block_size=16",
     "nvfp4:block_size=16",
     "h2o:budget=90+mxfp4",
+    KVQUANT_3,
+    KVQUANT_2,
+    f"h2o:budget=140+{KVQUANT_2}",
 ]
 
 HEADS = [(4, 4), (6, 2), (3, 1)]  # multi-head, grouped-query, multi-query
@@ -89,7 +130,12 @@ def qkv(seed: int, batch: int, tokens: int, heads=(4, 2), head_dim: int = HEAD_D
 def make(text: str, *, batch: int, num_kv_heads: int, max_len: int, prompt_lens=None, dtype=jnp.float32, window=None):
     """Return the cache of one layer for a method in textual form."""
     layout = kvc.Layout(
-        num_layers=1, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, sliding_windows=(window,) if window else ()
+        num_layers=1,
+        num_kv_heads=num_kv_heads,
+        head_dim=HEAD_DIM,
+        sliding_windows=(window,) if window else (),
+        ropes=(ROPE,),
+        calibrations=str(CALIBRATIONS),
     )
     longest = max(prompt_lens) if prompt_lens else max_len
     plan = kvc.parse(text).plan(layout, max_len=max_len, prompt_len=longest)

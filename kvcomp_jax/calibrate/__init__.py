@@ -1,0 +1,18 @@
+"""What codecs need to know of a model beforehand, computed from its activations on a text, and kept in a file."""
+
+from kvcomp_jax.calibrate.layer import Activations, Calibrate
+from kvcomp_jax.calibrate.levels import nearest_levels, restore_moments, weighted_kmeans
+from kvcomp_jax.calibrate.store import About, file_name, find, load, save
+
+__all__ = [
+    "About",
+    "Activations",
+    "Calibrate",
+    "file_name",
+    "find",
+    "load",
+    "nearest_levels",
+    "restore_moments",
+    "save",
+    "weighted_kmeans",
+]

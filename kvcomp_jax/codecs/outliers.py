@@ -1,0 +1,132 @@
+"""Dense and sparse: the extreme values of a row beside the rest of it."""
+
+import dataclasses
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kvcomp_jax.codecs.base import Encoded
+from kvcomp_jax.codecs.wrapper import Wrapper
+from kvcomp_jax.types import pytree, static
+
+
+class Sparse(NamedTuple):
+    """Dense rows, and what is added to some of their channels."""
+
+    dense: Encoded
+    values: jax.Array  # [*b, S, num_outliers], what the dense row lacks there
+    index: jax.Array  # u8 or u16[*b, S, num_outliers], channels, each at most once a row
+
+
+@pytree
+class Outliers(Wrapper):
+    """Keep the num_outliers / 2 highest and as many lowest values of each row beside it, and the rest in `inner`.
+
+    The inner codec sees the outliers cut back to the extremes of the rest, so that its ranges do not know them; what
+    it then lacks of them is stored: a value and a channel each. Selected by rank, so their number is exact also where
+    values are equal. The sum is right up to the rounding of `value_dtype`, in which finite values saturate.
+    Source: the sparse part of SqueezeLLM, Kim et al. 2023, arXiv:2306.07629; for caches KVQuant, Hooper et al. 2024,
+    arXiv:2401.18079, section 3.4.
+    """
+
+    num_outliers: int = static()
+    value_dtype: str = static(default="float16")
+
+    def __post_init__(self) -> None:
+        if self.num_outliers < 2 or self.num_outliers % 2:
+            raise ValueError(f"num_outliers={self.num_outliers} must be even and at least 2: half on each side.")
+
+    def encode(self, x: jax.Array, pos: jax.Array) -> Sparse:
+        """Encode x [*b, S, D]; a value that is not finite is stored as an outlier before any other."""
+        x = x.astype(jnp.float32)
+        index = self._select(x)
+        dense = self.inner.encode(self._cut(x, index), pos)
+        lacking = jnp.take_along_axis(x - self.inner.decode(dense, pos), index, -1)
+        largest = float(jnp.finfo(self.value_dtype).max)
+        values = jnp.where(jnp.isfinite(lacking), jnp.clip(lacking, -largest, largest), lacking)
+        return Sparse(dense, values.astype(self.value_dtype), index.astype(_index_dtype(x.shape[-1])))
+
+    def decode(self, enc: Sparse, pos: jax.Array) -> jax.Array:
+        """Return the dense rows with the outliers added, f32[*b, S, D]."""
+        x = self.inner.decode(enc.dense, pos).astype(jnp.float32)
+        return _put_along(x, enc.index, enc.values.astype(jnp.float32), "add")
+
+    def dot(self, q: jax.Array, enc: Sparse, pos: jax.Array) -> jax.Array:
+        """Return q . K^T of the dense part, and for each outlier its value times q's channel."""
+        *b, num_rows, _ = q.shape
+        index = enc.index.astype(jnp.int32).reshape(*b, 1, -1)  # [*b, 1, S m]
+        picked = jnp.take_along_axis(q.astype(jnp.float32), index, -1)  # [*b, R, S m]
+        picked = picked.reshape(*b, num_rows, *enc.index.shape[-2:])
+        sparse = jnp.einsum("...rsm,...sm->...rs", picked, enc.values.astype(jnp.float32))
+        return self.inner.dot(q, enc.dense, pos) + sparse
+
+    def mix(self, p: jax.Array, enc: Sparse, pos: jax.Array) -> jax.Array:
+        """Return p . V of the dense part, and each outlier's value times its token's p in its channel."""
+        dense = self.inner.mix(p, enc.dense, pos)
+        weighed = p[..., None] * enc.values.astype(jnp.float32)[..., None, :, :]  # [*b, R, S, m]
+        index = jnp.broadcast_to(enc.index.astype(jnp.int32)[..., None, :, :], weighed.shape)
+        flat = (*weighed.shape[:-2], -1)
+        return _put_along(dense, index.reshape(flat), weighed.reshape(flat), "add")
+
+    def nbits(self, num_tokens: int, head_dim: int) -> int:
+        """The inner codec's, and a value and a channel an outlier."""
+        return self.inner.nbits(num_tokens, head_dim) + self._sparse_bits(num_tokens, head_dim)
+
+    def metadata_bits(self, num_tokens: int, head_dim: int) -> int:
+        """All that is sparse counts as metadata."""
+        return self.inner.metadata_bits(num_tokens, head_dim) + self._sparse_bits(num_tokens, head_dim)
+
+    def size(self, num_tokens: int, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
+        """The inner codec's, and the outliers of each row."""
+        total, metadata = self.inner.size(num_tokens, num_kv_heads, head_dim)
+        sparse = num_kv_heads * self._sparse_bits(num_tokens, head_dim)
+        return total + sparse, metadata + sparse
+
+    def check(self, head_dim: int, block_size: int) -> None:
+        """Raise ValueError if a row is all outliers, or the inner codec cannot store it."""
+        if self.num_outliers >= head_dim:
+            raise ValueError(f"num_outliers={self.num_outliers} must be less than the {head_dim} channels of a row.")
+        self.inner.check(head_dim, block_size)
+
+    def fit(self, x: jax.Array, live: jax.Array) -> Self:
+        """Fit the inner codec to rows without outliers."""
+        return dataclasses.replace(self, inner=self.inner.fit(self._cut(x, self._select(x)), live))
+
+    def _select(self, x: jax.Array) -> jax.Array:
+        """Channels i32[*b, S, num_outliers], the highest first; NaN counts as high. No channel twice."""
+        half = self.num_outliers // 2
+        order = jnp.where(jnp.isnan(x), jnp.inf, x)
+        high = lax.top_k(order, half)[1]
+        low = lax.top_k(-_put_along(order, high, jnp.full(high.shape, jnp.inf), "set"), half)[1]
+        return jnp.concatenate([high, low], -1)
+
+    def _cut(self, x: jax.Array, index: jax.Array) -> jax.Array:
+        """Bring the outliers of x to the extremes of the rest."""
+        half = self.num_outliers // 2
+        kept = jnp.ones(x.shape, bool)
+        kept = _put_along(kept, index, jnp.zeros(index.shape, bool), "set")
+        top = jnp.where(kept, x, -jnp.inf).max(-1, keepdims=True)
+        bottom = jnp.where(kept, x, jnp.inf).min(-1, keepdims=True)
+        ends = jnp.concatenate([jnp.repeat(top, half, -1), jnp.repeat(bottom, half, -1)], -1)
+        return _put_along(x, index, ends.astype(x.dtype), "set")
+
+    def _sparse_bits(self, num_tokens: int, head_dim: int) -> int:
+        num_tokens = -(-num_tokens // self.unit) * self.unit
+        each = jnp.dtype(self.value_dtype).itemsize + _index_dtype(head_dim).itemsize
+        return num_tokens * self.num_outliers * each * 8
+
+
+def _index_dtype(dim: int) -> jnp.dtype:
+    return jnp.dtype(jnp.uint8 if dim <= 256 else jnp.uint16)
+
+
+def _put_along(x: jax.Array, index: jax.Array, values: jax.Array, how: str) -> jax.Array:
+    """Set or add values [*b, n] at channels index [*b, n] of x [*b, D]."""
+    flat = x.reshape(-1, x.shape[-1])
+    index = index.astype(jnp.int32).reshape(flat.shape[0], -1)
+    at = flat.at[jnp.arange(flat.shape[0])[:, None], index]
+    values = values.reshape(index.shape)
+    out = at.add(values) if how == "add" else at.set(values, unique_indices=True)
+    return out.reshape(x.shape)

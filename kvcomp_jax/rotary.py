@@ -1,0 +1,54 @@
+"""Rotary position embedding as a cache needs to know it: how the keys of a layer were rotated."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvcomp_jax.types import Constant
+
+
+def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate dimension i of x [..., D] with i + n by angles [..., n]; dimensions beyond 2 n pass. Computes in f32."""
+    n = cos.shape[-1]
+    a, b, rest = (part.astype(jnp.float32) for part in jnp.split(x, (n, 2 * n), -1))
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Frequencies of one layer's rotations; see `turn` for the dimensions.
+
+    Attributes:
+      inv_freq: f32[n], radians a position.
+      scale: What rotated dimensions are multiplied by beside; some extensions to longer contexts scale attention so.
+      max_len: Tokens of text up to which these frequencies hold; None is any number.
+    """
+
+    inv_freq: Constant
+    scale: float = 1.0
+    max_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.inv_freq.value.ndim != 1 or not self.scale > 0:
+            raise ValueError(f"inv_freq {self.inv_freq} must be a vector, and scale={self.scale} positive.")
+
+    @property
+    def dim(self) -> int:
+        """Leading dimensions of a head that rotate."""
+        return 2 * len(self.inv_freq.value)
+
+    def apply(self, x: jax.Array, pos: jax.Array) -> jax.Array:
+        """Rotate x [*b, S, D] to positions i32[*b, S], f32; leading axes of pos may be 1."""
+        cos, sin = self._angles(pos)
+        return turn(x, cos * self.scale, sin * self.scale)
+
+    def undo(self, x: jax.Array, pos: jax.Array) -> jax.Array:
+        """Return what `apply` made x from."""
+        cos, sin = self._angles(pos)
+        return turn(x, cos / self.scale, -sin / self.scale)
+
+    def _angles(self, pos: jax.Array) -> tuple[jax.Array, jax.Array]:
+        frequency = jnp.asarray(self.inv_freq.value, jnp.float32).reshape(*(1,) * pos.ndim, -1)
+        angle = pos[..., None].astype(jnp.float32) * frequency
+        return jnp.cos(angle), jnp.sin(angle)

@@ -1,0 +1,31 @@
+"""Make the calibrations that the laws run with: of normally distributed keys and values, one layer, two heads of 64.
+
+Run: python -m tests.golden.make_calibrations
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from kvcomp_jax.calibrate import About, Activations, save
+from kvcomp_jax.methods.kvquant import calibrate
+
+FOLDER = Path(__file__).parent / "methods"
+OPTIONS = {
+    "kvquant_3": {"bits": 3, "outliers": 0.01, "num_sinks": 1, "across_heads": True},
+    "kvquant_2": {"bits": 2, "outliers": 0.05, "num_sinks": 0, "across_heads": False},
+}
+
+
+def main() -> None:
+    """Write a file for each entry of OPTIONS."""
+    draw = np.random.default_rng(0).standard_normal
+    shape = (2, 512, 2, 64)
+    layer = Activations(draw(shape), draw(shape), draw(shape) ** 2, draw(shape) ** 2)
+    for name, options in OPTIONS.items():
+        tensors = {key: x[None] for key, x in calibrate(layer, **options).items()}
+        save(FOLDER / f"{name}.safetensors", tensors, About("kvquant", options, "made up"))
+
+
+if __name__ == "__main__":
+    main()
