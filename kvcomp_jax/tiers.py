@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcomp_jax.attention import AttnState, from_logits, merge, unit
-from kvcomp_jax.codecs import Affine, Codec, Encoded, Identity
+from kvcomp_jax.codecs import Affine, Codec, Encoded, Homomorphic, Identity
 from kvcomp_jax.spec import LayerSpec, Rung
 from kvcomp_jax.types import pytree, static
+from pallas_kernels.homomorphic_decode import homomorphic_decode
 from pallas_kernels.prefill.reference import capped
 from pallas_kernels.quantized_decode import quantized_decode
 
@@ -144,16 +145,29 @@ def attend_stored(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
 
 def fused_kernel(tier: Tier) -> Callable[[Queries, Tier, int], AttnState] | None:
     """The fused read of a tier `as_stored`, by its pair of codecs; None where there is only `dot` and `mix`."""
-    return _FUSED.get((type(tier.k_codec), type(tier.v_codec)))
+    return _FUSED.get((tier.k_codec.kind, tier.v_codec.kind))
 
 
 def _attend_quantized(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
-    head_dim, k_codec, v_codec = queries.q.shape[-1], cast(Affine, tier.k_codec), cast(Affine, tier.v_codec)
+    return _attend_fused(quantized_decode, (tier.k, tier.v), queries, tier, num_sinks)
+
+
+def _attend_homomorphic(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
+    k_codec, v_codec = cast(Homomorphic, tier.k_codec), cast(Homomorphic, tier.v_codec)
+    rows = (tier.k.rows, tier.v.rows, k_codec.sums(tier.k), v_codec.sums(tier.v))
+    return _attend_fused(homomorphic_decode, rows, queries, tier, num_sinks)
+
+
+def _attend_fused(
+    operation: Callable[..., Any], rows: tuple[Any, ...], queries: Queries, tier: Tier, num_sinks: int
+) -> AttnState:
+    """Call an operation that takes queries, rows, the slots filled and, where they decide, positions."""
+    head_dim = queries.q.shape[-1]
+    k_codec, v_codec = (cast(Affine | Homomorphic, codec) for codec in (tier.k_codec, tier.v_codec))
     by_age = tier.pos is None and queries.sliding_window is None  # then all that is there is visible
-    acc, top, total = quantized_decode(
+    acc, top, total = operation(
         queries.q,
-        tier.k,
-        tier.v,
+        *rows,
         _filled(tier),
         None if by_age else tier_pos(tier, num_sinks),
         None if by_age else queries.pos,
@@ -165,7 +179,10 @@ def _attend_quantized(queries: Queries, tier: Tier, num_sinks: int) -> AttnState
     return AttnState(acc=acc, max=top, sum=total)
 
 
-_FUSED = {(Affine, Affine): _attend_quantized}
+_FUSED = {
+    (Affine, Affine): _attend_quantized,
+    ((Homomorphic, "token"), (Homomorphic, "channel")): _attend_homomorphic,
+}
 
 
 def _filled(tier: Tier) -> jax.Array:

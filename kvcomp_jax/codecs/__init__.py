@@ -6,6 +6,7 @@ from kvcomp_jax.codecs.base import Codec, Encoded
 from kvcomp_jax.codecs.codebook import Codebook
 from kvcomp_jax.codecs.float4 import Float4
 from kvcomp_jax.codecs.float8 import Float8
+from kvcomp_jax.codecs.homomorphic import Homomorphic
 from kvcomp_jax.codecs.identity import Identity
 from kvcomp_jax.codecs.outliers import Outliers
 from kvcomp_jax.codecs.per_channel import PerChannel
@@ -22,6 +23,7 @@ __all__ = [
     "Encoded",
     "Float4",
     "Float8",
+    "Homomorphic",
     "Identity",
     "Outliers",
     "PerChannel",

@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kvcomp_jax.codecs import dither
 from kvcomp_jax.codecs.base import Codec
 from kvcomp_jax.types import pytree, static
 from pallas_kernels.formats import Format, Quantized
@@ -12,11 +13,12 @@ from pallas_kernels.packing import BITS, pack_unit
 from pallas_kernels.quantize_pack import dequantize, quantize_pack
 
 AXES = ("token", "channel")
+ROUNDINGS = ("nearest", "stochastic")
 
 
 @pytree
 class Affine(Codec):
-    """Round to the nearest of 2**bits evenly spaced levels between a group's minimum and maximum.
+    """Round to one of 2**bits evenly spaced levels between a group's minimum and maximum, by default the nearest.
 
     axis="token" groups `group_size` channels of one token (None: the whole head), axis="channel" groups `group_size`
     consecutive tokens of one channel. Symmetric uses 2**bits - 1 levels around zero and stores no zero point.
@@ -25,6 +27,8 @@ class Affine(Codec):
     get code 0 and come back as their minimum.
     clip < 1 multiplies both ends of a group's range and so suits rows around zero, rotated ones above all: fewer wasted
     levels for a few elements that are cut off. The bound on the error then holds for elements within the range.
+    Stochastic rounding picks the level above or below so that the expected value is exact; its error is below one
+    scale. It draws from a hash of `seed`, a token's position and the channel.
     Source: KIVI, Liu et al. 2024, arXiv:2402.02750, equations 1-2; symmetric as in MaxText's quantised cache;
     clip as in QuaRot, Ashkboos et al. 2024, arXiv:2404.00456.
     """
@@ -35,12 +39,16 @@ class Affine(Codec):
     symmetric: bool = static(default=False)
     metadata_dtype: str = static(default="float16")
     clip: float = static(default=1.0)
+    rounding: Literal["nearest", "stochastic"] = static(default="nearest")
+    seed: int = static(default=0)
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits={self.bits} must be one of {', '.join(map(str, BITS))}.")
         if self.axis not in AXES:
             raise ValueError(f"axis={self.axis!r} must be 'token' or 'channel'.")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding={self.rounding!r} must be 'nearest' or 'stochastic'.")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size={self.group_size} must be at least 1.")
         if not 0 < self.clip <= 1:
@@ -66,8 +74,8 @@ class Affine(Codec):
 
     def encode(self, x: jax.Array, pos: jax.Array) -> Quantized:
         """Quantise x [*b, S, D]; S a multiple of `unit`."""
-        del pos
-        return quantize_pack(x, self.format(x.shape[-1]))
+        noise = None if self.rounding == "nearest" else dither.uniform(pos, x.shape[-1], self.seed)
+        return quantize_pack(x, self.format(x.shape[-1]), dither=noise)
 
     def decode(self, enc: Quantized, pos: jax.Array) -> jax.Array:
         """Return codes * scale + zero_point, f32[*b, S, D]."""

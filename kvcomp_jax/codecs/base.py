@@ -12,7 +12,8 @@ Encoded = Any  # a pytree of arrays [*b, rows, ...]; rows is proportional to the
 class Codec(abc.ABC):
     """How rows of K or V are stored. Subclasses are `types.pytree`s with static fields.
 
-    `decode` defines the codec; `dot` and `mix` are the two contractions that attention needs and must agree with it.
+    `decode` defines the codec; `dot` and `mix` are the two contractions that attention needs and must agree with it:
+    dot(q, enc) = rounded_query(q) . decode(enc)^T and mix(p, enc) = rounded_probs(p) . decode(enc) up to float rounding.
     Every array of an encoding is [*b, rows, ...] with rows proportional to tokens, so that encodings of consecutive
     units of tokens concatenate along that axis; this is what lets blocks move between rungs without re-encoding.
     Where a codec joins the heads of a token, the last of *b, the heads, is 1.
@@ -83,6 +84,19 @@ class Codec(abc.ABC):
     def name(self) -> str:
         """What people call it; wrappers name what they wrap."""
         return type(self).__name__
+
+    def rounded_query(self, q: jax.Array) -> jax.Array:
+        """Return what `dot` takes q [*b, R, D] for: q itself, unless it multiplies in integers and rounds q first."""
+        return q
+
+    def rounded_probs(self, p: jax.Array) -> jax.Array:
+        """Return what `mix` takes p [*b, R, S] for: p itself, unless it multiplies in integers and rounds p first."""
+        return p
+
+    @property
+    def kind(self) -> Any:
+        """What a fused read is looked up by: the type, and whatever else its arithmetic depends on."""
+        return type(self)
 
     def check(self, head_dim: int, block_size: int) -> None:
         """Raise ValueError if rows of `head_dim` or blocks of `block_size` tokens cannot be encoded."""

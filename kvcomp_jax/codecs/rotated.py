@@ -43,7 +43,7 @@ class Rotated(Wrapper):
 
     def encode(self, x: jax.Array, pos: jax.Array) -> Encoded:
         """Encode the rotated rows, which are not rounded to x's dtype; `Affine` rotates and quantises in one pass."""
-        if type(self.inner) is Affine:
+        if type(self.inner) is Affine and self.inner.rounding == "nearest":
             return rotate_quantize_pack(self._signed(x), self.inner.format(x.shape[-1]))
         return self.inner.encode(self._turn(x), pos)
 

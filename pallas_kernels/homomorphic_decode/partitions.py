@@ -63,6 +63,12 @@ def to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return codes.astype(jnp.int8), scale, low + 128 * scale
 
 
+def rounded(x: jax.Array, size: int) -> jax.Array:
+    """What partitions of `size` along the last axis come back as after rounding to 8 bits."""
+    codes, scale, offset = to_int8(x.reshape(*x.shape[:-1], -1, size))
+    return (codes.astype(jnp.float32) * scale + offset).reshape(x.shape)
+
+
 def step_to_int8(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scale of partitions that run from `low` to `high`, and its reciprocal; both 0 for a constant one."""
     scale = (high - low) * (1 / 255)

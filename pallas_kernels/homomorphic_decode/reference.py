@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import softmax_state
 from pallas_kernels.formats import Format, Quantized
-from pallas_kernels.homomorphic_decode.partitions import to_int8
+from pallas_kernels.homomorphic_decode.partitions import rounded
 from pallas_kernels.prefill.reference import capped
 from pallas_kernels.quantize_pack.reference import dequantize
 from pallas_kernels.quantized_decode.reference import live_slots
@@ -38,9 +38,3 @@ def homomorphic_decode(
         live,
         lambda p: jnp.einsum("bkrs,bksd->bkrd", rounded(p, v_format.group_size), values, precision="highest"),
     )
-
-
-def rounded(x: jax.Array, size: int) -> jax.Array:
-    """What partitions of `size` along the last axis come back as after rounding to 8 bits."""
-    codes, scale, offset = to_int8(x.reshape(*x.shape[:-1], -1, size))
-    return (codes.astype(jnp.float32) * scale + offset).reshape(x.shape)

@@ -11,7 +11,12 @@ from pallas_kernels.quantize_pack import reference
 
 
 def quantize_pack(
-    x: jax.Array, fmt: Format, *, implementation: str | None = None, interpret: bool = False
+    x: jax.Array,
+    fmt: Format,
+    *,
+    dither: jax.Array | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
 ) -> Quantized:
     """Quantise rows to packed codes with a scale and zero point a group, in one pass over x.
 
@@ -21,15 +26,22 @@ def quantize_pack(
     Args:
       x: [*b, S, D], f32 or bf16. S a multiple of the tokens that share words and, per channel, of `group_size`.
       fmt: Bits, axis and group size.
+      dither: f32 of x's shape, uniform in [0, 1), for stochastic rounding: up with the probability of the fraction, so
+        that codes are right on average. None rounds to the nearest. Only plain JAX takes it so far.
       implementation: See `pallas_kernels.dispatch.call`.
       interpret: Run a Pallas or Triton backend in its interpreter.
 
     Raises:
-      ValueError: If `fmt` does not divide x.
+      ValueError: If `fmt` does not divide x, or dither has another shape.
     """
     check_groups(x, fmt)
     checkify.debug_check(jnp.isfinite(x).all(), "quantize_pack got values that are not finite; they have no codes.")
-    return dispatch.call("quantize_pack", implementation, x, fmt, interpret=interpret)
+    if dither is None:
+        return dispatch.call("quantize_pack", implementation, x, fmt, interpret=interpret)
+    if dither.shape != x.shape:
+        raise ValueError(f"dither {dither.shape} must have the shape of x {x.shape}.")
+    function = "quantize_pack_dithered"
+    return dispatch.call("quantize_pack", implementation, x, fmt, dither, function=function, interpret=interpret)
 
 
 def check_groups(x: jax.Array, fmt: Format) -> None:

@@ -4,6 +4,8 @@ Divisions by constants and by scales are written as products with reciprocals: c
 in its own way, and the codes of ties would differ between an eager call, a jitted one and a kernel.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -13,11 +15,25 @@ from pallas_kernels.packing import pack, unpack
 
 def quantize_pack(x: jax.Array, fmt: Format) -> Quantized:
     """Fit each group, round to codes with the stored metadata, pack."""
+    return _quantize(x, fmt, jnp.round)
+
+
+def quantize_pack_dithered(x: jax.Array, fmt: Format, dither: jax.Array) -> Quantized:
+    """The same, rounded up where the fraction exceeds dither f32[*b, S, D] and down elsewhere."""
+
+    def rounded(codes: jax.Array) -> jax.Array:
+        whole = jnp.floor(codes)
+        return whole + (codes - whole > fmt.split(dither))
+
+    return _quantize(x, fmt, rounded)
+
+
+def _quantize(x: jax.Array, fmt: Format, rounded: Callable[[jax.Array], jax.Array]) -> Quantized:
     groups = fmt.split(x.astype(jnp.float32))
     scale, zero_point = _fit(groups, fmt)
     inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
     codes = jnp.clip((groups - zero_point) * inverse, 0, fmt.num_levels - 1)
-    codes = jnp.round(codes).astype(jnp.uint8).reshape(x.shape)
+    codes = rounded(codes).astype(jnp.uint8).reshape(x.shape)
     axis, dtype = fmt.group_axis, fmt.metadata_dtype
     kept = None if fmt.symmetric else zero_point.squeeze(axis).astype(dtype)
     return Quantized(pack(codes, fmt.bits), scale.squeeze(axis).astype(dtype), kept)

@@ -13,6 +13,7 @@ from kvcomp_jax.codecs import (
     Codebook,
     Float4,
     Float8,
+    Homomorphic,
     Identity,
     Outliers,
     PerChannel,
@@ -72,6 +73,11 @@ CODECS = [
     PreRope(inner=Affine(bits=4, axis="channel", group_size=32), rope=ROPE),
     PreRope(inner=per_channel(AcrossHeads(inner=Outliers(inner=PLAIN_LEVELS, num_outliers=4), num_heads=2)), rope=ROPE),
     Rotated(inner=Outliers(inner=Codebook(levels=uneven(2), normalise="range"), num_outliers=2)),
+    *(Affine(bits=b, axis=a, group_size=32, rounding="stochastic") for b, a in ((2, "token"), (4, "channel"))),
+    *(Homomorphic(inner=Affine(bits=2, axis=a, group_size=g)) for a in ("token", "channel") for g in (32, 64)),
+    Homomorphic(inner=Affine(bits=3, axis="token")),
+    *(Homomorphic(inner=Affine(bits=8, axis=a, group_size=32), keep_sums=False) for a in ("token", "channel")),
+    Homomorphic(inner=Affine(bits=4, axis="channel", group_size=32, symmetric=True, rounding="stochastic", seed=3)),
 ]
 
 CALIBRATIONS = Path(__file__).parents[1] / "golden" / "methods"
