@@ -45,7 +45,8 @@ def init(spec: LayerSpec, *, batch: int, num_kv_heads: int, head_dim: int, dtype
       dtype: Of exact tokens, e.g. jnp.bfloat16.
 
     Raises:
-      ValueError: If a codec of `spec` cannot store rows of `head_dim` or blocks of `spec.block_size`.
+      ValueError: If a codec of `spec` cannot store rows of `head_dim` or blocks of `spec.block_size`, or has parameters
+        that a prompt decides while `spec.prefill` wants them before.
     """
     spec = spec.bind(dtype)
     spec.check(head_dim)
@@ -55,11 +56,14 @@ def init(spec: LayerSpec, *, batch: int, num_kv_heads: int, head_dim: int, dtype
         k, v = jnp.zeros((*slots, head_dim), dtype), jnp.zeros((*slots, head_dim), dtype)
         return Exact(k=k, v=v, stat=jnp.zeros(slots) if keeps_stat else None)
 
+    tiers = tuple(init_tier(rung, spec, batch, num_kv_heads, head_dim, dtype) for rung in spec.rungs)
+    if spec.prefill == "stored" and jax.tree.leaves([(tier.k_codec, tier.v_codec) for tier in tiers]):
+        raise ValueError("prefill='stored' needs codecs without parameters a row, which fit to a whole prompt.")
     return LayerCache(
         spec=spec,
         sinks=exact(spec.policy.num_sinks, False) if spec.policy.num_sinks else None,
         window=exact(spec.window_slots, spec.policy.keeps_stat),
-        tiers=tuple(init_tier(rung, spec, batch, num_kv_heads, head_dim, dtype) for rung in spec.rungs),
+        tiers=tiers,
         length=jnp.zeros(batch, jnp.int32),
         settled=jnp.zeros(batch, jnp.int32),
         window_limit=jnp.full(batch, spec.window, jnp.int32),

@@ -123,6 +123,8 @@ def _limited(cache: LayerCache, specs: list[LayerSpec]) -> LayerCache:
         wide = [cache.spec.window, *(tier.capacity for tier in cache.tiers)]
         if any(a > b for a, b in zip([spec.window, *(r.capacity for r in spec.rungs)], wide, strict=True)):
             raise ValueError("a row's budget exceeds the plan's: make the plan with prompt_len of the longest prompt.")
+        if cache.spec.prefill == "stored" and spec.bind(cache.window.k.dtype) != cache.spec:
+            raise ValueError("prefill='stored' needs one budget for all rows: state it in tokens, not as a fraction.")
     tiers = tuple(
         dataclasses.replace(tier, limit=jnp.array([spec.rungs[i].capacity for spec in specs], jnp.int32))
         for i, tier in enumerate(cache.tiers)

@@ -1,7 +1,7 @@
-"""Filling a cache: exact attention inside the prompt, in one pass or in chunks, then compression in one go."""
+"""Filling a cache: attention inside the prompt, in one pass or in chunks, then compression in one go."""
 
 import dataclasses
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from kvcomp_jax.cache import Exact, LayerCache, check_fits, next_positions, sett
 from kvcomp_jax.fill import fill, overlay
 from kvcomp_jax.policies import Policy, Probes, Prompt
 from kvcomp_jax.read import attend_held, decode, make_queries, output
+from kvcomp_jax.spec import LayerSpec
+from kvcomp_jax.streamed import attend_streamed
 from kvcomp_jax.types import pytree, static
 from pallas_kernels import prefill as prefill_op
 from pallas_kernels.prefill.reference import stands_at
@@ -21,7 +23,8 @@ from pallas_kernels.prefill.reference import stands_at
 class PromptCache:
     """A cache and beside it the exact tokens of a prompt that is still being read.
 
-    Chunks attend exactly to each other, so that chunking changes nothing, and to what `base` already held.
+    Chunks attend to each other exactly, or as a stream would (`LayerSpec.prefill`), so that chunking changes nothing,
+    and to what `base` already held.
     """
 
     base: LayerCache | None  # None: see `detach`
@@ -29,6 +32,7 @@ class PromptCache:
     probes: Probes | None  # queries that the policy wants to see when the prompt closes
     filled: jax.Array  # i32[B], tokens staged
     policy: Policy | None = static()  # of base if it looks at prompts
+    streamed: LayerSpec | None = static(default=None)  # as whose stream chunks attend; None: exactly
     sliding_window: int | None = static()
     soft_cap: float | None = static(default=None)  # that the probes saw
     fresh: bool = static()  # base is empty
@@ -75,6 +79,7 @@ def open_prompt(
         probes=probes,
         filled=jnp.zeros_like(cache.length),
         policy=policy if policy.looks_at_prompt else None,
+        streamed=cache.spec if fresh and cache.spec.prefill == "stored" else None,
         sliding_window=cache.spec.sliding_window,
         fresh=fresh,
         final=final,
@@ -84,7 +89,8 @@ def open_prompt(
 def detach(prompt: PromptCache) -> tuple[LayerCache, PromptCache]:
     """Take the cache out of a fresh, staged prompt, which needs it again only when it closes.
 
-    What remains reads its chunks with one program for all methods whose policies do not look at prompts.
+    What remains reads its chunks with one program for all methods that read them exactly and whose policies do not look
+    at them.
 
     Raises:
       ValueError: If the prompt continues a conversation, is not staged, or closes by itself.
@@ -136,7 +142,7 @@ def prefill(
     sm_scale: float | None = None,
     soft_cap: float | None = None,
 ) -> tuple[jax.Array, LayerCache]:
-    """Read a whole prompt into an empty cache: attend exactly and causally, then compress.
+    """Read a whole prompt into an empty cache: attend causally, exactly unless its spec says otherwise, then compress.
 
     Args:
       q: [B, T, H, D]; k, v: [B, T, K, D], right padded, keys already at their positions.
@@ -186,7 +192,7 @@ def extend(
       q: [B, T, H, D]; k, v: [B, T, K, D], right padded. length: i32[B], real tokens a row; None = T.
 
     Returns:
-      out [B, T, H, D], exact over the prompt, and the prompt; the closed cache if it was `final`.
+      out [B, T, H, D] and the prompt; the closed cache if it was `final`.
     """
     base = prompt.base
     check_fits(cast(Exact, prompt.staged or cast(LayerCache, base).window), q, k, v)
@@ -194,9 +200,7 @@ def extend(
     staged = _stage(prompt, k, v)
     grouped = group_queries(scaled(q, sm_scale), k.shape[2])
     options = {"soft_cap": soft_cap, "sliding_window": prompt.sliding_window}
-    acc, top, total = prefill_op.prefill(grouped, staged.k, staged.v, prompt.filled, **options)
-    rows = (*grouped.shape[:2], -1)
-    state = AttnState(acc=acc.reshape(*rows, q.shape[-1]), max=top.reshape(rows), sum=total.reshape(rows))
+    state = _attend_prompt(prompt, grouped, staged, options)
     if not prompt.fresh and base is not None:
         queries = make_queries(_seen(base, prompt.filled), q, length, sm_scale, soft_cap)
         state, base = attend_held(base, queries, frozen=True, beside=state)
@@ -214,6 +218,15 @@ def extend(
     if prompt.final:
         return output(state, q), _close(read, cast(LayerCache, base), staged)
     return output(state, q), dataclasses.replace(read, staged=staged)
+
+
+def _attend_prompt(prompt: PromptCache, q: jax.Array, staged: Exact, options: dict[str, Any]) -> AttnState:
+    """Attend from a chunk q [B, K, G, T, D] to the staged tokens."""
+    if prompt.streamed is not None:
+        return attend_streamed(prompt.streamed, q, staged, prompt.filled, soft_cap=options["soft_cap"])
+    acc, top, total = prefill_op.prefill(q, staged.k, staged.v, prompt.filled, **options)
+    rows = (*q.shape[:2], -1)
+    return AttnState(acc=acc.reshape(*rows, q.shape[-1]), max=top.reshape(rows), sum=total.reshape(rows))
 
 
 def positions(cache: LayerCache | PromptCache, num_tokens: int) -> jax.Array:

@@ -99,8 +99,8 @@ def attend_held(
     Returns:
       The merged state and the cache.
     """
-    sinks = [] if cache.sinks is None else [_attend_exact(queries, cache.sinks, _sinks_live(cache, queries))]
-    window = _attend_exact(queries, cache.window, _window_live(cache, queries, frozen))
+    sinks = [] if cache.sinks is None else [attend_exact(queries, cache.sinks, _sinks_live(cache, queries))]
+    window = attend_exact(queries, cache.window, _window_live(cache, queries, frozen))
     others = [state for state, _ in sinks] + ([] if beside is None else [beside])
     num_sinks = cache.spec.policy.num_sinks
     if not cache.spec.policy.needs_probs:
@@ -111,7 +111,8 @@ def attend_held(
     return state, _observe(cache, queries, state, window[1], [logits for _, logits in tiers])
 
 
-def _attend_exact(queries: Queries, exact: Exact, live: jax.Array) -> tuple[AttnState, jax.Array]:
+def attend_exact(queries: Queries, exact: Exact, live: jax.Array) -> tuple[AttnState, jax.Array]:
+    """Attend to exact rows [B, K, S, D] where `live` bool[B, K or 1, R, S]; also returns the masked logits."""
     rows = Identity()
     pos = jnp.zeros(exact.k.shape[:3], jnp.int32)
     return from_logits(logits_of(queries, rows, exact.k, pos), live, mix_of(rows, exact.v, pos))

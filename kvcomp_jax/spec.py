@@ -2,6 +2,10 @@
 
 import dataclasses
 import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
 
 from kvcomp_jax.codecs import Codec, Identity
 from kvcomp_jax.policies import Policy, Recency
@@ -40,6 +44,9 @@ class LayerSpec:
       block_size: Tokens that settle together; `settle` is due after this many decode steps, and one `decode` call
         takes no more tokens than this.
       sliding_window: Tokens that a query of this layer may see, itself included (a property of the model).
+      prefill: How queries of a prompt see its tokens: "exact", or "stored" as a stream would have stored them by then,
+        in the arithmetic of the codecs. The latter is for policies that go by age. Turns on top of a filled cache are
+        read exactly either way.
     """
 
     rungs: tuple[Rung, ...] = ()
@@ -47,12 +54,20 @@ class LayerSpec:
     window: int = 0
     block_size: int = 1
     sliding_window: int | None = None
+    prefill: Literal["exact", "stored"] = "exact"
 
     def __post_init__(self) -> None:
         if self.window < 0 or self.block_size < 1:
             raise ValueError(f"window={self.window} must be >= 0 and block_size={self.block_size} >= 1.")
         if not self.rungs and (self.window < 1 or not self.policy.fifo):
             raise ValueError("a LayerSpec without rungs needs window >= 1 and a policy that goes by age (Recency).")
+        if self.prefill not in ("exact", "stored"):
+            raise ValueError(f"prefill={self.prefill!r} must be 'exact' or 'stored'.")
+        if self.prefill == "stored" and not self.policy.fifo:
+            raise ValueError(
+                f"prefill='stored' needs a policy that goes by age (Recency): what {type(self.policy).__name__} keeps "
+                "is known after the prompt; use prefill='exact'."
+            )
         for rung in self.rungs:
             unit = self.block_size if self.policy.fifo else rung.unit
             if rung.capacity % unit:
@@ -68,6 +83,15 @@ class LayerSpec:
         """Tokens a row holds at most right after `settle`, sinks included."""
         slack = self.block_size - 1 if self.rungs else 0
         return self.policy.num_sinks + self.window + slack + sum(r.capacity for r in self.rungs)
+
+    def settled_before(self, seen: jax.Array) -> jax.Array:
+        """Tokens that left the window of a stream by age when the one comes that follows `seen` (int, elementwise).
+
+        Both count from the sinks on; `settle` is called after every token.
+        """
+        if not self.rungs:
+            return jnp.maximum(seen + 1 - self.window, 0)
+        return jnp.maximum(seen - self.window, 0) // self.block_size * self.block_size
 
     def check(self, head_dim: int) -> None:
         """Raise ValueError if a codec cannot store blocks of this spec with rows of `head_dim`."""

@@ -27,6 +27,7 @@ class Queries:
     q: jax.Array  # f32[B, K, R, D], scaled; R = G * T, group major
     pos: jax.Array  # i32[B, R], text positions
     real: jax.Array | None = None  # bool[B, R], False = padding; None = all real
+    since: jax.Array | None = None  # i32[B, R], first position that each sees; None = 0. Fused reads know no such bound
     soft_cap: float | None = static(default=None)
     sliding_window: int | None = static(default=None)
 
@@ -94,6 +95,8 @@ def visible(queries: Queries, pos: jax.Array) -> jax.Array:
     """Which slots each query sees: bool[B, K or 1, R, S] from pos i32[B, K or 1, S]."""
     q_pos, pos = queries.pos[:, None, :, None], pos[:, :, None, :]
     live = (pos >= 0) & (pos <= q_pos)
+    if queries.since is not None:
+        live = live & (pos >= queries.since[:, None, :, None])
     return live if queries.sliding_window is None else live & (pos > q_pos - queries.sliding_window)
 
 
@@ -121,10 +124,15 @@ def as_stored(tier: Tier) -> Tier:
 
 
 def attend_stored(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
-    """Attend to rows `as_stored`, by a fused kernel, or decoded a block at a time, never all at once."""
+    """Attend to rows `as_stored` by a fused kernel where there is one."""
     fused = fused_kernel(tier)
     if fused is not None and queries.q.shape[2] <= FUSED_ROWS:
         return fused(queries, tier, num_sinks)
+    return attend_by_blocks(queries, tier, num_sinks)
+
+
+def attend_by_blocks(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
+    """Attend to a tier by `dot` and `mix`; compressed rows are decoded a block at a time, never all at once."""
     pos = tier_pos(tier, num_sinks)
     step = tier.unit * max(READ_BLOCK // tier.unit, 1)
     if _is_exact(tier) or tier.capacity <= step:

@@ -13,7 +13,7 @@ class Codec(abc.ABC):
     """How rows of K or V are stored. Subclasses are `types.pytree`s with static fields.
 
     `decode` defines the codec; `dot` and `mix` are the two contractions that attention needs and must agree with it:
-    dot(q, enc) = rounded_query(q) . decode(enc)^T and mix(p, enc) = rounded_probs(p) . decode(enc) up to float rounding.
+    dot(q, enc) = rounded_query(q) . decode(enc)^T and mix(p, enc) = rounded_probs(p) . decode(enc), up to float32.
     Every array of an encoding is [*b, rows, ...] with rows proportional to tokens, so that encodings of consecutive
     units of tokens concatenate along that axis; this is what lets blocks move between rungs without re-encoding.
     Where a codec joins the heads of a token, the last of *b, the heads, is 1.

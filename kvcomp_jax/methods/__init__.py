@@ -3,6 +3,7 @@
 from kvcomp_jax.methods.fp8 import fp8
 from kvcomp_jax.methods.full import full
 from kvcomp_jax.methods.h2o import h2o
+from kvcomp_jax.methods.hack import hack
 from kvcomp_jax.methods.int8_int4 import int4, int8
 from kvcomp_jax.methods.kivi import kivi
 from kvcomp_jax.methods.kvquant import kvquant
@@ -20,6 +21,7 @@ __all__ = [
     "fp8",
     "full",
     "h2o",
+    "hack",
     "int4",
     "int8",
     "kivi",

@@ -17,7 +17,7 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None):
     """See `api.prefill`."""
     batch, heads, groups, num_queries, head_dim = q.shape
     block_k = min(KEY_BLOCK, k.shape[2])
-    q_blocks, block_q = _query_blocks(q)
+    q_blocks, block_q = query_blocks(q)
 
     def one_block(args):
         i, q_block = args  # q_block [B, K, G, Q, D]
@@ -57,8 +57,8 @@ def probe_mass(q, k, lse, at, *, soft_cap=None, sliding_window=None):
     """See `statistics.probe_mass`."""
     num_slots = k.shape[2]
     block_k = min(KEY_BLOCK, num_slots)
-    q_blocks, block_q = _query_blocks(q)
-    lse_blocks, _ = _query_blocks(lse[..., None])
+    q_blocks, block_q = query_blocks(q)
+    lse_blocks, _ = query_blocks(lse[..., None])
     at = jnp.pad(at, ((0, 0), (0, -at.shape[1] % block_q)), constant_values=-1)
     at_blocks = at.reshape(at.shape[0], -1, block_q).swapaxes(0, 1)  # [I, B, Q]
 
@@ -88,7 +88,7 @@ def _logits(q_block: jax.Array, k_block: jax.Array) -> jax.Array:
     return jnp.einsum("bkgtd,bksd->bkgts", q_block, k_block, preferred_element_type=jnp.float32)
 
 
-def _query_blocks(q: jax.Array) -> tuple[jax.Array, int]:
+def query_blocks(q: jax.Array) -> tuple[jax.Array, int]:
     """Split [B, K, G, T, D] into [I, B, K, G, Q, D], padding the last block; also return Q."""
     num_queries = q.shape[3]
     block_q = min(QUERY_BLOCK, num_queries)

@@ -90,6 +90,7 @@ METHODS = [
     "int4:block_size=16,window=8,num_sinks=3",
     "kivi:bits=2,residual=32",
     "kivi:k_bits=4,v_bits=3,residual=64",
+    "hack:group_size=32,num_sinks=2",
     "streaming_llm:budget=40",
     "streaming_llm:budget=0.5",
     "h2o:budget=40",
