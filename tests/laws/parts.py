@@ -158,3 +158,8 @@ def decode_many(cache, q, k, v):
         if (t + 1) % cache.spec.block_size == 0:
             cache = settle(cache)
     return jnp.concatenate(outs, 1), cache
+
+
+def first_rows(tier, num_tokens: int):
+    """What a rung stores for its first tokens."""
+    return jax.tree.map(lambda x: x[:, :, : num_tokens * x.shape[2] // tier.capacity], (tier.k, tier.v))

@@ -184,7 +184,8 @@ def test_prompts_read_as_stored_give_what_a_stream_gives(name):
         out, stream = step(stream, *(x[:, t : t + 1] for x in (q, k, v)))
         streamed.append(out)
     whole, filled = prefill(cache, q, k, v)
-    atol = 1e-2 if name == "integer-products" else 1e-5  # probabilities at a tie round either way
+    # A stream reads with fused kernels, which order sums otherwise; 8-bit probabilities at a tie round either way.
+    atol = 1e-2 if name == "integer-products" else 2e-4
     chex.assert_trees_all_close(whole, jnp.concatenate(streamed, 1), atol=atol)
     same_slots(filled, stream)
     prompt, outs, length = kvc.open_prompt(cache, 120), [], jnp.array([100, 51])
