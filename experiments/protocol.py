@@ -56,7 +56,8 @@ def score_chunk(model: Transformer, params: Any, tokens: jax.Array, caches: tupl
 
     Each attends to the compressed prefix and exactly to the chunk so far.
     """
-    prompts = tuple(kvc.open_prompt(cache, len(tokens), fresh=False) for cache in caches)
+    heads = model.config.num_heads
+    prompts = tuple(kvc.open_prompt(cache, len(tokens), fresh=False, num_heads=heads) for cache in caches)
     return model.apply(params, tokens[None], prompts)[0][0, :-1]
 
 

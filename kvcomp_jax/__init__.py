@@ -6,6 +6,7 @@ from kvcomp_jax.cache import LayerCache, init, settle
 from kvcomp_jax.codecs import (
     AcrossHeads,
     Affine,
+    ChannelScaled,
     Codebook,
     Codec,
     Float4,
@@ -21,7 +22,7 @@ from kvcomp_jax.codecs import (
 from kvcomp_jax.kernels import TierKernel, kernels_in_use
 from kvcomp_jax.methods import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.plan import CachePlan, Layout
-from kvcomp_jax.policies import HeavyHitter, Policy, Probes, Prompt, Recency
+from kvcomp_jax.policies import HeavyHitter, Policy, Probes, Prompt, Recency, Saliency
 from kvcomp_jax.prompt import PromptCache, attend, close_prompt, detach, open_prompt, positions, prefill
 from kvcomp_jax.read import decode
 from kvcomp_jax.rotary import Rotary
@@ -36,6 +37,7 @@ __all__ = [
     "AttnState",
     "Bytes",
     "CachePlan",
+    "ChannelScaled",
     "Codebook",
     "Codec",
     "Constant",
@@ -61,6 +63,7 @@ __all__ = [
     "Rotary",
     "Rotated",
     "Rung",
+    "Saliency",
     "Sketched",
     "TierKernel",
     "attend",

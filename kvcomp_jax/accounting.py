@@ -134,11 +134,13 @@ def _after_prompt(spec: LayerSpec, length: int) -> _Occupancy:
     after_sinks = max(length - spec.policy.num_sinks, 0)
     old = max(after_sinks - spec.window, 0)
     room = sum(rung.capacity for rung in spec.rungs)
-    settled = old if not spec.policy.fifo and old > room else old - old % spec.block_size
+    in_blocks = spec.policy.fifo or spec.divided
+    settled = old if not in_blocks and old > room else old - old % spec.block_size
     tiers, left = [], settled
-    for rung in spec.rungs:
-        tiers.append(np.array([min(left, rung.capacity)]))
-        left -= min(left, rung.capacity)
+    for rung, step in zip(spec.rungs, spec.steps, strict=True):
+        share = settled // spec.block_size * step if spec.divided else min(left, rung.capacity)
+        tiers.append(np.array([min(share, rung.capacity)]))
+        left -= share
     window = after_sinks - settled if spec.rungs else min(after_sinks, spec.window)
     return _Occupancy(np.array([length - after_sinks]), np.array([window]), tuple(tiers))
 

@@ -56,7 +56,10 @@ def init(spec: LayerSpec, *, batch: int, num_kv_heads: int, head_dim: int, dtype
         k, v = jnp.zeros((*slots, head_dim), dtype), jnp.zeros((*slots, head_dim), dtype)
         return Exact(k=k, v=v, stat=jnp.zeros(slots) if keeps_stat else None)
 
-    tiers = tuple(init_tier(rung, spec, batch, num_kv_heads, head_dim, dtype) for rung in spec.rungs)
+    tiers = tuple(
+        init_tier(rung, step if spec.divided else None, spec, batch, num_kv_heads, head_dim, dtype)
+        for rung, step in zip(spec.rungs, spec.steps, strict=True)
+    )
     if spec.prefill == "stored" and jax.tree.leaves([(tier.k_codec, tier.v_codec) for tier in tiers]):
         raise ValueError("prefill='stored' needs codecs without parameters a row, which fit to a whole prompt.")
     return LayerCache(

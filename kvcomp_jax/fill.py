@@ -73,7 +73,7 @@ def gather(rows: Exact, index: jax.Array) -> Exact:
 def _whole_blocks(cache: LayerCache, old: jax.Array) -> jax.Array:
     """Of `old` tokens that left the exact window, how many settle; the rest waits in the window for its block."""
     whole = old - old % cache.spec.block_size
-    if cache.spec.policy.fifo:
+    if cache.spec.policy.fifo or cache.spec.divided:
         return whole
     room = sum(tier.limit for tier in cache.tiers)
     return jnp.where(old > room, old, whole)
@@ -93,25 +93,28 @@ def _fill_by_age(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tuple[
 
 
 def _fill_by_score(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tuple[Tier, ...]:
-    """The highest scores first, lower index first among equals."""
+    """The highest scores first, lower index first among equals: as many as a rung has room for, or its share."""
     policy, num_slots = cache.spec.policy, prompt.k.shape[2]
     place = jnp.arange(num_slots, dtype=jnp.int32)[None]
     candidate = (place >= policy.num_sinks) & (place < (settled + policy.num_sinks)[:, None])
     pos = jnp.broadcast_to(place[:, None], prompt.k.shape[:3])
     score = jnp.where(candidate[:, None], policy.score(prompt.stat, pos), -jnp.inf)
-    order = lax.top_k(score, min(num_slots, sum(tier.capacity for tier in cache.tiers)))[1].astype(jnp.int32)
+    num_best = num_slots if cache.spec.divided else sum(tier.capacity for tier in cache.tiers)
+    order = lax.top_k(score, min(num_slots, num_best))[1].astype(jnp.int32)
     tiers, first = [], jnp.zeros_like(settled)
     for tier in cache.tiers:
+        here = tier.limit if tier.keeps is None else settled // cache.spec.block_size * tier.keeps
+        count = jnp.clip(settled - first, 0, jnp.minimum(here, tier.limit))
         slot = jnp.arange(tier.capacity, dtype=jnp.int32)[None]
         rank = slot + first[:, None]
-        live = (slot < tier.limit[:, None]) & (rank < settled[:, None])
+        live = slot < count[:, None]
         index = jnp.take_along_axis(order, rank[:, None], 2, mode="clip")
         index = jnp.sort(jnp.where(live[:, None], index, num_slots), -1)
         rows = gather(prompt, index)
         k, v = tier.k_codec.encode(rows.k, index), tier.v_codec.encode(rows.v, index)
         kept = jnp.where(index < num_slots, index, -1)
         stat = None if tier.stat is None else jnp.where(kept >= 0, rows.stat, 0.0)
-        count = jnp.clip(settled - first, 0, tier.limit)
+        kept = None if tier.pos is None else kept
         tiers.append(dataclasses.replace(tier, k=k, v=v, pos=kept, stat=stat, entered=count))
-        first = first + tier.limit
+        first = first + here
     return tuple(tiers)

@@ -48,7 +48,7 @@ def _of_tier(cache: LayerCache, tier: Tier, queries: Queries) -> TierKernel:
     codecs = (tier.k_codec.name, tier.v_codec.name)
     tier, policy = as_stored(tier), cache.spec.policy
     why = None
-    if policy.needs_probs:
+    if tier.stat is not None and policy.needs_probs:
         why = f"{type(policy).__name__} needs each token's probability, which the fused read does not return."
     elif fused_kernel(tier) is None:
         why = f"no fused read for keys of {codecs[0]} and values of {codecs[1]}."

@@ -37,11 +37,29 @@ def push(tiers: tuple[Tier, ...], block: Block, due: jax.Array, policy: Policy) 
 def insert(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tuple[Tier, Block]:
     """Put a block on a rung, in rows that are due; return the rung and the block that it displaced.
 
-    What gives way is the oldest, or the lowest scores among the rung's tokens and the new ones, a unit at a time.
+    What gives way is the oldest, or the lowest scores among the rung's tokens and the new ones, a unit at a time; where
+    rungs have shares, the block's own lowest scores.
     Codes move as they are between rungs of equal codecs and are taken anew otherwise.
     """
+    if tier.keeps is not None:
+        return _insert_share(tier, block, due, policy, tier.keeps)
     block = _transcode(block, tier)
     return _insert_fifo(tier, block, due, policy) if policy.fifo else _insert_ranked(tier, block, due, policy)
+
+
+def _insert_share(tier: Tier, block: Block, due: jax.Array, policy: Policy, num: int) -> tuple[Tier, Block]:
+    """Overwrite the rung's oldest with the `num` highest scores of the block, in order of position; the rest goes on.
+
+    The rest is passed as it came, so the block must be of single tokens.
+    """
+    size = block.pos.shape[-1]
+    order = lax.top_k(policy.score(block.stat, block.pos), size)[1].astype(jnp.int32)
+
+    def part(index: jax.Array) -> Block:
+        return dataclasses.replace(block, **take(_moving(block), jnp.sort(index, -1), size))
+
+    best = dataclasses.replace(part(order[..., :num]), stat=None)
+    return _insert_fifo(tier, _transcode(best, tier), due, policy)[0], part(order[..., num:])
 
 
 def _insert_fifo(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tuple[Tier, Block]:
@@ -53,10 +71,13 @@ def _insert_fifo(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tu
     slot = (first // tier.unit)[:, None] + jnp.arange(size // tier.unit)[None]
     slot = jnp.broadcast_to(slot[:, None], (*block.pos.shape[:2], slot.shape[-1]))
     old = take(_stored(tier), slot, tier.capacity // tier.unit)
-    index = tier.entered - tier.limit
-    pos = jnp.where((stored & (index >= 0))[:, None], (index + policy.num_sinks)[:, None] + jnp.arange(size)[None], -1)
-    old["pos"] = jnp.broadcast_to(pos[:, None], block.pos.shape)
-    new = {name: part for name, part in _moving(block).items() if name != "pos"}
+    new = _moving(block)
+    if tier.pos is None:
+        del new["pos"]
+        index = tier.entered - tier.limit
+        pos = (index + policy.num_sinks)[:, None] + jnp.arange(size)[None]
+        pos = jnp.where((stored & (index >= 0))[:, None], pos, -1)
+        old["pos"] = jnp.broadcast_to(pos[:, None], block.pos.shape)
     out = jax.tree.map(lambda x, y: jnp.where(_expand(tier.limit > 0, x), x, y), old, _moving(block))
     slot = jnp.where(stored[:, None, None], slot, tier.capacity)
     kept = put(_stored(tier), slot, new, tier.capacity // tier.unit)

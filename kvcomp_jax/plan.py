@@ -135,11 +135,12 @@ def _limited(cache: LayerCache, specs: list[LayerSpec]) -> LayerCache:
 def clip(spec: LayerSpec, max_len: int) -> LayerSpec:
     """Drop slots that rows of at most `max_len` tokens never fill."""
 
-    def fit(rung: Rung) -> Rung:
-        step = spec.block_size if spec.policy.fifo else rung.unit
-        return dataclasses.replace(rung, capacity=min(rung.capacity, -(-max_len // step) * step))
+    def fit(rung: Rung, step: int) -> Rung:
+        num_steps = -(-max_len // (spec.block_size if spec.divided else step))
+        return dataclasses.replace(rung, capacity=min(rung.capacity, num_steps * step))
 
-    return dataclasses.replace(spec, window=min(spec.window, max_len), rungs=tuple(fit(rung) for rung in spec.rungs))
+    rungs = tuple(fit(rung, step) for rung, step in zip(spec.rungs, spec.steps, strict=True))
+    return dataclasses.replace(spec, window=min(spec.window, max_len), rungs=rungs)
 
 
 def localise(spec: LayerSpec, sliding_window: int, max_len: int, head_dim: int, num_kv_heads: int = 1) -> LayerSpec:

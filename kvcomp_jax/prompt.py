@@ -207,12 +207,14 @@ def extend(
     chunk = Probes(
         q=grouped, lse=lse(state).reshape(grouped.shape[:4]), at=stands_at(prompt.filled, length, q.shape[1])
     )
-    if prompt.policy is not None and prompt.policy.needs_probs:
+    probes = _keep(prompt, chunk)
+    if prompt.policy is not None and prompt.policy.needs_probs and probes is None:
         received = prefill_op.mass(grouped, staged.k, chunk.lse, prompt.filled, length, **options)
         before = jnp.zeros_like(length) if prompt.fresh or base is None else base.length
         pos = next_positions(before, staged.k.shape[2])[:, None]
-        staged = dataclasses.replace(staged, stat=prompt.policy.observe(staged.stat, received, pos))
-    read = dataclasses.replace(prompt, base=base, probes=_keep(prompt, chunk), filled=prompt.filled + length)
+        seen = before + prompt.filled + length
+        staged = dataclasses.replace(staged, stat=prompt.policy.observe(staged.stat, received, pos, seen, length))
+    read = dataclasses.replace(prompt, base=base, probes=probes, filled=prompt.filled + length)
     if read.probes is not None:
         read = dataclasses.replace(read, soft_cap=soft_cap)
     if prompt.final:
@@ -240,9 +242,8 @@ def _keep(prompt: PromptCache, chunk: Probes) -> Probes | None:
     """Those of the probes so far and the chunk's queries that the policy wants to see at the end."""
     if prompt.policy is None:
         return None
-    num_queries = chunk.at.shape[1]
-    num = prompt.probes.at.shape[1] if prompt.probes is not None else prompt.policy.num_probes(num_queries)
-    if not num:
+    capacity = chunk.at.shape[1] if prompt.staged is None else prompt.staged.k.shape[2]
+    if not prompt.policy.num_probes(capacity):
         return None
     seen = chunk
     if prompt.probes is not None:
@@ -251,7 +252,7 @@ def _keep(prompt: PromptCache, chunk: Probes) -> Probes | None:
             lse=jnp.concatenate([prompt.probes.lse, chunk.lse], 3),
             at=jnp.concatenate([prompt.probes.at, chunk.at], 1),
         )
-    index = prompt.policy.choose_probes(seen.at, min(num, seen.at.shape[1]))
+    index = prompt.policy.choose_probes(seen.at, capacity)
     rows = index[:, None, None]
     return Probes(
         q=jnp.take_along_axis(seen.q, rows[..., None], 3),

@@ -1,6 +1,7 @@
 """Reading a cache: attention over sinks, window and rungs, merged; one decode step."""
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,10 @@ def attend_held(
     if not cache.spec.policy.needs_probs:
         tiers = [attend_tier(queries, tier, num_sinks) for tier in cache.tiers]
         return merge_all([window[0], *others, *tiers]), cache
-    tiers = [_attend_whole(queries, tier, num_sinks) for tier in cache.tiers]
+    tiers = [
+        (attend_tier(queries, tier, num_sinks), None) if tier.stat is None else _attend_whole(queries, tier, num_sinks)
+        for tier in cache.tiers
+    ]
     state = merge_all([window[0], *others, *(state for state, _ in tiers)])
     return state, _observe(cache, queries, state, window[1], [logits for _, logits in tiers])
 
@@ -139,20 +143,24 @@ def _window_live(cache: LayerCache, queries: Queries, frozen: bool) -> jax.Array
 
 
 def _observe(
-    cache: LayerCache, queries: Queries, state: AttnState, window: jax.Array, tiers: list[jax.Array]
+    cache: LayerCache, queries: Queries, state: AttnState, window: jax.Array, tiers: list[jax.Array | None]
 ) -> LayerCache:
-    """Update the statistics of window and tiers from their masked logits f32[B, K, R, S]."""
+    """Update the statistics that window and tiers keep, from their masked logits f32[B, K, R, S]."""
     policy, total = cache.spec.policy, lse(state)[..., None]
+    real = jnp.ones(queries.pos.shape, bool) if queries.real is None else queries.real
+    length = jnp.where(real, queries.pos, -1).max(-1) + 1
+    num_new = jnp.maximum(length - jnp.where(real, queries.pos, 2**30).min(-1), 0)
 
-    def mass(logits: jax.Array) -> jax.Array:
-        live = logits > MASK_VALUE / 2
-        if queries.real is not None:
-            live = live & queries.real[:, None, :, None]
-        return jnp.where(live, jnp.exp(logits - total), 0.0).sum(2)
+    def fold(stat: jax.Array, logits: jax.Array, pos: jax.Array) -> jax.Array:
+        live = (logits > MASK_VALUE / 2) & real[:, None, :, None]
+        mass = jnp.where(live, jnp.exp(logits - total), 0.0).sum(2)
+        return policy.observe(stat, mass, pos, length, num_new)
 
-    stat = policy.observe(cache.window.stat, mass(window), window_pos(cache))
+    window_stat = fold(cast(jax.Array, cache.window.stat), window, window_pos(cache))
     new_tiers = tuple(
-        dataclasses.replace(tier, stat=policy.observe(tier.stat, mass(logits), tier_pos(tier, policy.num_sinks)))
+        tier
+        if logits is None or tier.stat is None
+        else dataclasses.replace(tier, stat=fold(tier.stat, logits, tier_pos(tier, policy.num_sinks)))
         for tier, logits in zip(cache.tiers, tiers, strict=True)
     )
-    return dataclasses.replace(cache, window=dataclasses.replace(cache.window, stat=stat), tiers=new_tiers)
+    return dataclasses.replace(cache, window=dataclasses.replace(cache.window, stat=window_stat), tiers=new_tiers)

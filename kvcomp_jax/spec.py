@@ -13,15 +13,22 @@ from kvcomp_jax.policies import Policy, Recency
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """One storage form of the ladder: a codec for K, one for V, and slots a row and KV head."""
+    """One storage form of the ladder: a codec for K, one for V, and slots a row and KV head.
+
+    `share` is the part of the tokens reaching this rung that stays on it, those with the highest scores. 1: all of
+    them, and what they displace goes to the next rung.
+    """
 
     k: Codec
     v: Codec
     capacity: int
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise ValueError(f"capacity={self.capacity} of a rung must be at least 1 token.")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} of a rung must be in (0, 1].")
 
     @property
     def unit(self) -> int:
@@ -36,6 +43,9 @@ class LayerSpec:
     Tokens leave the window `block_size` at a time, once it holds `window + block_size`, settle on the first rung and
     are displaced downwards; what the last rung displaces is evicted. Without rungs the window is a plain ring of
     `window` tokens. `policy.num_sinks` first tokens stay exact beside all this.
+
+    Where rungs have shares, a block is divided once, by score, when it settles: nothing moves from rung to rung, so
+    nothing is quantised twice. A full rung forgets its own oldest tokens; of a prompt it keeps its best.
 
     Attributes:
       rungs: From best to worst.
@@ -68,10 +78,41 @@ class LayerSpec:
                 f"prefill='stored' needs a policy that goes by age (Recency): what {type(self.policy).__name__} keeps "
                 "is known after the prompt; use prefill='exact'."
             )
-        for rung in self.rungs:
-            unit = self.block_size if self.policy.fifo else rung.unit
+        if self.divided:
+            self._check_shares()
+        for rung, unit in zip(self.rungs, self.steps, strict=True):
             if rung.capacity % unit:
                 raise ValueError(f"capacity={rung.capacity} of a rung must be a multiple of {unit} tokens.")
+
+    def _check_shares(self) -> None:
+        if self.policy.fifo:
+            raise ValueError(
+                f"rungs with shares need a policy that ranks tokens, {type(self.policy).__name__} does not."
+            )
+        if self.rungs[-1].share < 1:
+            raise ValueError(f"share={self.rungs[-1].share} of the last rung must be 1: nothing comes after it.")
+        for rung, tokens in zip(self.rungs, self.steps, strict=True):
+            if tokens < 1 or tokens % rung.unit:
+                raise ValueError(
+                    f"share={rung.share} keeps {tokens} tokens of block_size={self.block_size} on a rung; they must be "
+                    f"a positive multiple of {rung.unit}, those that its codecs encode together."
+                )
+
+    @property
+    def divided(self) -> bool:
+        """Whether rungs have shares, so that a token settles once and for all."""
+        return any(rung.share < 1 for rung in self.rungs)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Tokens that enter each rung together: its share of a block, the block, or a unit of its codecs."""
+        if not self.divided:
+            return tuple(self.block_size if self.policy.fifo else rung.unit for rung in self.rungs)
+        left, kept = self.block_size, []
+        for rung in self.rungs:
+            kept.append(round(rung.share * left))
+            left -= kept[-1]
+        return tuple(kept)
 
     @property
     def window_slots(self) -> int:
@@ -95,8 +136,8 @@ class LayerSpec:
 
     def check(self, head_dim: int) -> None:
         """Raise ValueError if a codec cannot store blocks of this spec with rows of `head_dim`."""
-        for rung in self.rungs:
-            block = self.block_size if self.policy.fifo else math.lcm(self.block_size, rung.unit)
+        for rung, step in zip(self.rungs, self.steps, strict=True):
+            block = math.lcm(self.block_size, rung.unit) if not self.policy.fifo and not self.divided else step
             for codec in (rung.k, rung.v):
                 codec.check(head_dim, block)
                 if codec.joins_heads and not self.policy.fifo:
@@ -104,7 +145,7 @@ class LayerSpec:
                         f"{type(self.policy).__name__} keeps different tokens in each head, and {codec.name} "
                         "stores the heads of a token together; encode each head alone."
                     )
-            if self.block_size % rung.unit:
+            if not self.divided and self.block_size % rung.unit:
                 raise ValueError(
                     f"block_size={self.block_size} must be a multiple of {rung.unit}, "
                     "the tokens that its rungs' codecs encode together."

@@ -40,17 +40,26 @@ class Tier:
     v_codec: Codec
     k: Encoded
     v: Encoded
-    pos: jax.Array | None  # i32[B, K or 1, S], -1 = empty; None when positions follow from `entered`
-    stat: jax.Array | None  # f32[B, K, S]
+    pos: jax.Array | None  # i32[B, K or 1, S], -1 = empty; None when they follow from `entered`, or nobody asks
+    stat: jax.Array | None  # f32[B, K, S]; None when tokens are not ranked again
     entered: jax.Array  # i32[B], tokens that ever arrived
     limit: jax.Array  # i32[B], slots that this row may use, <= capacity
     capacity: int = static()
     unit: int = static()
+    keeps: int | None = static(default=None)  # tokens of each block that stay for good; None: all, until displaced
 
 
-def init_tier(rung: Rung, spec: LayerSpec, batch: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Tier:
-    """Return an empty tier."""
+def init_tier(
+    rung: Rung, keeps: int | None, spec: LayerSpec, batch: int, num_kv_heads: int, head_dim: int, dtype: Any
+) -> Tier:
+    """Return an empty tier.
+
+    A divided ladder needs no positions: its tokens are never ranked again, and all that settled precede every query.
+    Sliding windows and codecs that look at positions need them all the same.
+    """
     slots = (batch, num_kv_heads, rung.capacity)
+    ranked = not spec.policy.fifo and keeps is None
+    asked = keeps is not None and (spec.sliding_window is not None or rung.k.uses_pos or rung.v.uses_pos)
 
     def nothing(codec: Codec) -> Encoded:  # arrays of its own for each call: a donated cache may share none
         return codec.encode(jnp.zeros((*slots, head_dim), dtype), jnp.zeros(slots, jnp.int32))
@@ -61,12 +70,13 @@ def init_tier(rung: Rung, spec: LayerSpec, batch: int, num_kv_heads: int, head_d
         v_codec=v_codec,
         k=nothing(k_codec),
         v=nothing(v_codec),
-        pos=None if spec.policy.fifo else jnp.full(slots, -1, jnp.int32),
-        stat=jnp.zeros(slots) if spec.policy.keeps_stat else None,
+        pos=jnp.full(slots, -1, jnp.int32) if ranked or asked else None,
+        stat=jnp.zeros(slots) if spec.policy.keeps_stat and ranked else None,
         entered=jnp.zeros(batch, jnp.int32),
         limit=jnp.full(batch, rung.capacity, jnp.int32),
         capacity=rung.capacity,
         unit=rung.unit,
+        keeps=keeps,
     )
 
 
@@ -84,7 +94,10 @@ def ring_index(written: jax.Array, size: jax.Array | int, num_slots: int) -> jax
 
 
 def tier_pos(tier: Tier, num_sinks: int) -> jax.Array:
-    """Text position of every slot, i32[B, K or 1, S], -1 where empty."""
+    """Text position of every slot, i32[B, K or 1, S], -1 where empty.
+
+    In a divided ladder without positions, the order of arrival stands in for them: it is at most the position.
+    """
     if tier.pos is not None:
         return tier.pos
     index = ring_index(tier.entered, tier.limit, tier.capacity)
@@ -195,7 +208,8 @@ _FUSED = {
 
 def _filled(tier: Tier) -> jax.Array:
     """Slots of each row at or beyond which there is nothing, i32[B]."""
-    return jnp.minimum(tier.entered, tier.limit) if tier.pos is None else tier.limit
+    in_order = tier.pos is None or tier.keeps is not None
+    return jnp.minimum(tier.entered, tier.limit) if in_order else tier.limit
 
 
 def _is_exact(tier: Tier) -> bool:

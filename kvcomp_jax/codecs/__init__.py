@@ -3,6 +3,7 @@
 from kvcomp_jax.codecs.across_heads import AcrossHeads
 from kvcomp_jax.codecs.affine import Affine
 from kvcomp_jax.codecs.base import Codec, Encoded
+from kvcomp_jax.codecs.channel_scaled import ChannelScaled
 from kvcomp_jax.codecs.codebook import Codebook
 from kvcomp_jax.codecs.float4 import Float4
 from kvcomp_jax.codecs.float8 import Float8
@@ -18,6 +19,7 @@ from kvcomp_jax.codecs.wrapper import Wrapper
 __all__ = [
     "AcrossHeads",
     "Affine",
+    "ChannelScaled",
     "Codebook",
     "Codec",
     "Encoded",

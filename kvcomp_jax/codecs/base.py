@@ -30,6 +30,11 @@ class Codec(abc.ABC):
         """Whether the heads of a token are stored together, so that all must hold the same tokens."""
         return False
 
+    @property
+    def uses_pos(self) -> bool:
+        """Whether text positions matter to this codec, so that rungs must remember them."""
+        return False
+
     @abc.abstractmethod
     def encode(self, x: jax.Array, pos: jax.Array) -> Encoded:
         """Encode x [*b, S, D] whose tokens stand at text positions pos i32[*b, S]; S is a multiple of `unit`."""

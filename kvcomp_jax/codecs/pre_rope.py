@@ -23,6 +23,11 @@ class PreRope(Wrapper):
 
     rope: Rotary = static()
 
+    @property
+    def uses_pos(self) -> bool:
+        """True: rotation goes by it."""
+        return True
+
     def encode(self, x: jax.Array, pos: jax.Array) -> Encoded:
         """Encode keys x [*b, S, D] that stand, rotated, at pos."""
         return self.inner.encode(self.rope.undo(x, pos), pos)

@@ -28,6 +28,11 @@ class Wrapper(Codec):
         """Whether the inner codec does."""
         return self.inner.joins_heads
 
+    @property
+    def uses_pos(self) -> bool:
+        """Whether the inner codec does."""
+        return self.inner.uses_pos
+
     def nbits(self, num_tokens: int, head_dim: int) -> int:
         """The inner codec's."""
         return self.inner.nbits(num_tokens, head_dim)

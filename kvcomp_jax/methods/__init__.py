@@ -12,6 +12,7 @@ from kvcomp_jax.methods.quarot import quarot
 from kvcomp_jax.methods.registry import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.methods.streaming_llm import streaming_llm
 from kvcomp_jax.methods.turboquant import turboquant
+from kvcomp_jax.methods.zipcache import zipcache
 
 __all__ = [
     "METHODS",
@@ -33,4 +34,5 @@ __all__ = [
     "quarot",
     "streaming_llm",
     "turboquant",
+    "zipcache",
 ]

@@ -73,26 +73,40 @@ class Policy:
         return self.keeps_stat or self.num_probes(1) > 0
 
     def num_probes(self, capacity: int) -> int:
-        """How many queries of a prompt of up to `capacity` tokens `from_prompt` wants to see; 0 = none."""
+        """How many queries of a prompt of up to `capacity` tokens `from_prompt` wants to see; 0 = none.
+
+        A policy with probes judges a prompt by them alone: `observe` then sees decoded tokens and later prompts only.
+        """
         del capacity
         return 0
 
-    def choose_probes(self, at: jax.Array, num: int) -> jax.Array:
-        """Indices i32[B, num] of the queries to keep among those at places i32[B, N] of the prompt, -1 = none.
+    def choose_probes(self, at: jax.Array, capacity: int) -> jax.Array:
+        """Indices of the queries to keep among those at places i32[B, N] of the prompt, -1 = none.
 
-        It is asked again with every chunk, for those kept so far and the chunk's, so the choice must be by an order
-        that does not depend on the others: the latest, or the lowest of some hash. Here: the latest.
+        It is asked again with every chunk, for those kept so far and the chunk's. What is left out must therefore be
+        what the whole prompt would leave out, too: keep the latest, or the lowest of some hash. Here: the latest.
+
+        Returns:
+          i32[B, num_probes(capacity)], or all N if there are fewer.
         """
-        return lax.top_k(at, num)[1]
+        return lax.top_k(at, min(self.num_probes(capacity), at.shape[1]))[1]
 
     def from_prompt(self, stat: jax.Array, prompt: Prompt) -> jax.Array:
-        """Return the statistic f32[B, K, S] of a prompt's tokens; `stat` is what `observe` made of it."""
+        """Return the statistic f32[B, K, S] of a prompt's tokens; `stat` is what `observe` made of it, else zeros."""
         del prompt
         return stat
 
-    def observe(self, stat: jax.Array, mass: jax.Array, pos: jax.Array) -> jax.Array:
-        """Fold the mass f32[B, K, S] that tokens just received into their statistic f32[B, K, S]."""
-        del mass, pos
+    def observe(
+        self, stat: jax.Array, mass: jax.Array, pos: jax.Array, length: jax.Array, num_new: jax.Array
+    ) -> jax.Array:
+        """Fold the mass f32[B, K, S] that tokens just received into their statistic f32[B, K, S].
+
+        Args:
+          stat, mass, pos: Of the tokens; pos i32[B, K or 1, S], -1 = none.
+          length: i32[B], tokens that each row has read, those included whose queries gave this mass.
+          num_new: i32[B], how many these are.
+        """
+        del mass, pos, length, num_new
         return stat
 
     def score(self, stat: jax.Array | None, pos: jax.Array) -> jax.Array:

@@ -19,9 +19,11 @@ class HeavyHitter(Policy):
         """True: the statistic is the mass itself."""
         return True
 
-    def observe(self, stat: jax.Array, mass: jax.Array, pos: jax.Array) -> jax.Array:
+    def observe(
+        self, stat: jax.Array, mass: jax.Array, pos: jax.Array, length: jax.Array, num_new: jax.Array
+    ) -> jax.Array:
         """Add the mass."""
-        del pos
+        del pos, length, num_new
         return stat + mass
 
     def score(self, stat: jax.Array | None, pos: jax.Array) -> jax.Array:

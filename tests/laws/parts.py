@@ -10,6 +10,7 @@ import kvcomp_jax as kvc
 from kvcomp_jax.codecs import (
     AcrossHeads,
     Affine,
+    ChannelScaled,
     Codebook,
     Float4,
     Float8,
@@ -78,6 +79,7 @@ CODECS = [
     Homomorphic(inner=Affine(bits=3, axis="token")),
     *(Homomorphic(inner=Affine(bits=8, axis=a, group_size=32), keep_sums=False) for a in ("token", "channel")),
     Homomorphic(inner=Affine(bits=4, axis="channel", group_size=32, symmetric=True, rounding="stochastic", seed=3)),
+    *(ChannelScaled(inner=Affine(bits=b, axis="token")) for b in (2, 3, 4)),
 ]
 
 CALIBRATIONS = Path(__file__).parents[1] / "golden" / "methods"
@@ -109,6 +111,14 @@ METHODS = [
     KVQUANT_3,
     KVQUANT_2,
     f"h2o:budget=140+{KVQUANT_2}",
+    "zipcache:block_size=40",
+    "zipcache:bits=8,low_bits=3,low_share=0.5,divide_by=queries,num_sinks=2",
+]
+
+PROBING = [  # policies that judge a prompt by some of its queries
+    kvc.Saliency(),
+    kvc.Saliency(recent=0.2, random=0.3, num_sinks=2),
+    kvc.Saliency(recent=1.0, random=0.0, divide_by="queries"),
 ]
 
 HEADS = [(4, 4), (6, 2), (3, 1)]  # multi-head, grouped-query, multi-query
@@ -147,6 +157,12 @@ def make(text: str, *, batch: int, num_kv_heads: int, max_len: int, prompt_lens=
     longest = max(prompt_lens) if prompt_lens else max_len
     plan = kvc.parse(text).plan(layout, max_len=max_len, prompt_len=longest)
     return plan.init(batch=batch, dtype=dtype, prompt_lens=prompt_lens)[0]
+
+
+def ready(codec, x):
+    """A codec with the parameters that fit rows x [1, K, S, D], as a cache would have it."""
+    heads, tokens, dim = x.shape[1:]
+    return codec.bind(x.dtype).prepare(1, heads, dim).fit(x, jnp.ones((1, 1, tokens), bool))
 
 
 def decode_many(cache, q, k, v):

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from kvcomp_jax.codecs import Affine, Identity, Rotated
 from pallas_kernels.packing import BITS, pack, pack_unit, unpack
-from tests.laws.parts import CODECS, HEAD_DIM, normal
+from tests.laws.parts import CODECS, HEAD_DIM, normal, ready
 
 AFFINE = [c for c in CODECS if isinstance(c, Affine) and c.clip == 1]
 
 
 def draw(seed, tokens, scale=1.0):
-    x = normal(seed, 2, tokens, HEAD_DIM) * scale
-    pos = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))
+    x = normal(seed, 1, 2, tokens, HEAD_DIM) * scale
+    pos = jnp.broadcast_to(jnp.arange(tokens), (1, 2, tokens))
     return x, pos
 
 
@@ -25,7 +25,8 @@ def draw(seed, tokens, scale=1.0):
 @given(seed=st.integers(0, 2**16), units=st.integers(1, 3), queries=st.integers(1, 5))
 def test_dot_and_mix_agree_with_decode(codec, seed, units, queries):
     x, pos = draw(seed, units * 64)
-    q, p = normal(seed + 1, 2, queries, HEAD_DIM), normal(seed + 2, 2, queries, units * 64)
+    q, p = normal(seed + 1, 1, 2, queries, HEAD_DIM), normal(seed + 2, 1, 2, queries, units * 64)
+    codec = ready(codec, x)
     enc = codec.encode(x, pos)
     x_hat = codec.decode(enc, pos)
     chex.assert_trees_all_close(codec.dot(q, enc, pos), codec.rounded_query(q) @ x_hat.mT, atol=2e-5)
@@ -78,9 +79,10 @@ def code_bytes(enc):
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_nbits_is_what_is_stored(codec):
-    codec = codec.bind(jnp.bfloat16)
     x, pos = draw(0, 192)
-    enc = codec.encode(x.astype(jnp.bfloat16), pos)
+    x = x.astype(jnp.bfloat16)
+    codec = ready(codec, x)
+    enc = codec.encode(x, pos)
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(enc)) * 8
     total, metadata = codec.size(192, 2, HEAD_DIM)
     assert stored == total
@@ -92,9 +94,10 @@ def test_nbits_is_what_is_stored(codec):
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_encodings_of_consecutive_units_concatenate(codec):
     x, pos = draw(3, 192)
+    codec = ready(codec, x)
     whole = codec.encode(x, pos)
-    parts = [codec.encode(x[:, i : i + 64], pos[:, i : i + 64]) for i in (0, 64, 128)]
-    chex.assert_trees_all_equal(whole, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), *parts))
+    parts = [codec.encode(x[:, :, i : i + 64], pos[:, :, i : i + 64]) for i in (0, 64, 128)]
+    chex.assert_trees_all_equal(whole, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 2), *parts))
 
 
 @pytest.mark.parametrize("bits", [1, *BITS])
