@@ -18,6 +18,7 @@ from kvcomp_jax.codecs import (
     PreRope,
     Rotated,
     Sketched,
+    TensorTrain,
 )
 from kvcomp_jax.kernels import TierKernel, kernels_in_use
 from kvcomp_jax.methods import METHODS, Context, Method, MethodInfo, method, parse
@@ -65,6 +66,7 @@ __all__ = [
     "Rung",
     "Saliency",
     "Sketched",
+    "TensorTrain",
     "TierKernel",
     "attend",
     "causal_attention",

@@ -14,6 +14,7 @@ from kvcomp_jax.codecs.per_channel import PerChannel
 from kvcomp_jax.codecs.pre_rope import PreRope
 from kvcomp_jax.codecs.rotated import Rotated
 from kvcomp_jax.codecs.sketched import Sketched
+from kvcomp_jax.codecs.tensor_train import TensorTrain
 from kvcomp_jax.codecs.wrapper import Wrapper
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "PreRope",
     "Rotated",
     "Sketched",
+    "TensorTrain",
     "Wrapper",
 ]

@@ -1,5 +1,6 @@
 """Published systems: one a file, each a function that returns a spec; `METHODS` is the table, `parse` reads text."""
 
+from kvcomp_jax.methods.decoquant import decoquant
 from kvcomp_jax.methods.fp8 import fp8
 from kvcomp_jax.methods.full import full
 from kvcomp_jax.methods.h2o import h2o
@@ -19,6 +20,7 @@ __all__ = [
     "Context",
     "Method",
     "MethodInfo",
+    "decoquant",
     "fp8",
     "full",
     "h2o",

@@ -21,6 +21,7 @@ from kvcomp_jax.codecs import (
     PreRope,
     Rotated,
     Sketched,
+    TensorTrain,
 )
 from kvcomp_jax.types import Constant
 
@@ -80,6 +81,9 @@ CODECS = [
     *(Homomorphic(inner=Affine(bits=8, axis=a, group_size=32), keep_sums=False) for a in ("token", "channel")),
     Homomorphic(inner=Affine(bits=4, axis="channel", group_size=32, symmetric=True, rounding="stochastic", seed=3)),
     *(ChannelScaled(inner=Affine(bits=b, axis="token")) for b in (2, 3, 4)),
+    TensorTrain(large=Affine(bits=4, axis="token", symmetric=True), block_size=64),
+    TensorTrain(large=Affine(bits=3, axis="token"), block_size=32, rank=8, basis="run", dtype="float32"),
+    TensorTrain(large=Identity(), block_size=16),
 ]
 
 CALIBRATIONS = Path(__file__).parents[1] / "golden" / "methods"
@@ -112,6 +116,8 @@ METHODS = [
     KVQUANT_2,
     f"h2o:budget=140+{KVQUANT_2}",
     "zipcache:block_size=40",
+    "decoquant:block_size=32",
+    "decoquant:bits=8,v_bits=2,basis=run,rank=8,block_size=16,num_sinks=2,window=5",
     "zipcache:bits=8,low_bits=3,low_share=0.5,divide_by=queries,num_sinks=2",
 ]
 
