@@ -74,7 +74,7 @@ def code_bytes(enc):
         return enc.nbytes
     parts = enc._asdict()
     codes = parts["codes"].nbytes if "codes" in parts else 0
-    return codes + sum(code_bytes(parts[name]) for name in ("inner", "dense", "rows") if name in parts)
+    return codes + sum(code_bytes(parts[name]) for name in ("inner", "dense", "rows", "large") if name in parts)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
