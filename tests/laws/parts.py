@@ -137,6 +137,24 @@ prefill, decode, settle, attend, close_prompt, insert_row, free_row = map(
 )
 
 
+@jax.jit
+def encode(codec, x, pos):
+    return codec.encode(x, pos)
+
+
+@jax.jit
+def decoded(codec, enc, pos):
+    return codec.decode(enc, pos)
+
+
+@jax.jit
+def contracted(codec, q, p, enc, pos):
+    """Both contractions, and those of the operands that they stand for with the decoded rows."""
+    rows = codec.decode(enc, pos)
+    wanted = jnp.matmul(codec.rounded_query(q), rows.mT), jnp.matmul(codec.rounded_probs(p), rows)
+    return (codec.dot(q, enc, pos), codec.mix(p, enc, pos)), wanted
+
+
 def normal(seed: int, *shape: int, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
@@ -165,6 +183,7 @@ def make(text: str, *, batch: int, num_kv_heads: int, max_len: int, prompt_lens=
     return plan.init(batch=batch, dtype=dtype, prompt_lens=prompt_lens)[0]
 
 
+@jax.jit
 def ready(codec, x):
     """A codec with the parameters that fit rows x [1, K, S, D], as a cache would have it."""
     heads, tokens, dim = x.shape[1:]
