@@ -188,7 +188,7 @@ def test_prompts_read_as_stored_give_what_a_stream_gives(name):
     atol = 1e-2 if name == "integer-products" else 2e-4
     chex.assert_trees_all_close(whole, jnp.concatenate(streamed, 1), atol=atol)
     same_slots(filled, stream)
-    prompt, outs, length = kvc.open_prompt(cache, 120), [], jnp.array([100, 51])
+    (base, prompt), outs, length = kvc.detach(kvc.open_prompt(cache, 120)), [], jnp.array([100, 51])
     for start in range(0, 100, 40):
         part = [jnp.pad(x, ((0, 0), (0, 20), (0, 0), (0, 0)))[:, start : start + 40] for x in (q, k, v)]
         out, prompt = attend(prompt, *part, jnp.clip(length - start, 0, 40))
@@ -196,6 +196,8 @@ def test_prompts_read_as_stored_give_what_a_stream_gives(name):
     chunked = jnp.concatenate(outs, 1)
     chex.assert_trees_all_close(chunked[0, :100], whole[0], atol=1e-5)
     chex.assert_trees_all_close(chunked[1, :51], whole[1, :51], atol=1e-5)
+    alone, at_once = (jax.tree.map(lambda x: x[:1], c) for c in (close_prompt(prompt, base), filled))
+    same_slots(alone, at_once)
 
 
 def test_prompts_cannot_be_read_as_stored_where_the_prompt_decides_what_is():
