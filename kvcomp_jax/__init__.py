@@ -23,7 +23,18 @@ from kvcomp_jax.codecs import (
 from kvcomp_jax.kernels import TierKernel, kernels_in_use
 from kvcomp_jax.methods import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.plan import CachePlan, Layout
-from kvcomp_jax.policies import HeavyHitter, Policy, Probes, Prompt, Recency, Saliency
+from kvcomp_jax.policies import (
+    ExpectedAttention,
+    HeavyHitter,
+    LastQuery,
+    Persistence,
+    Policy,
+    Probes,
+    Prompt,
+    Recency,
+    Saliency,
+    WindowVote,
+)
 from kvcomp_jax.prompt import PromptCache, attend, close_prompt, detach, open_prompt, positions, prefill
 from kvcomp_jax.read import decode
 from kvcomp_jax.rotary import Rotary
@@ -43,11 +54,13 @@ __all__ = [
     "Codec",
     "Constant",
     "Context",
+    "ExpectedAttention",
     "Float4",
     "Float8",
     "HeavyHitter",
     "Homomorphic",
     "Identity",
+    "LastQuery",
     "LayerCache",
     "LayerSpec",
     "Layout",
@@ -55,6 +68,7 @@ __all__ = [
     "MethodInfo",
     "Outliers",
     "PerChannel",
+    "Persistence",
     "Policy",
     "PreRope",
     "Probes",
@@ -68,6 +82,7 @@ __all__ = [
     "Sketched",
     "TensorTrain",
     "TierKernel",
+    "WindowVote",
     "attend",
     "causal_attention",
     "close_prompt",

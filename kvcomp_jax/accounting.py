@@ -1,6 +1,7 @@
 """Bytes that caches hold: every array counted, live and allocated apart; before or after they exist."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -101,19 +102,24 @@ def _layer_bytes(cache: LayerCache, held: _Occupancy) -> tuple[int, int]:
     _, heads, _, head_dim = cache.window.k.shape
     exact = 2 * head_dim * jnp.dtype(cache.window.k.dtype).itemsize
     payload = heads * exact * int((held.sinks + held.window).sum())
-    metadata = 0 if cache.window.stat is None else 4 * heads * int(held.window.sum())
+    metadata = heads * int(held.window.sum()) * _stat_bytes(cache.window.stat)
     for tier, live in zip(cache.tiers, held.tiers, strict=True):
         for tokens in map(int, live):
             for codec in (tier.k_codec, tier.v_codec):
                 total, extra = codec.size(tokens, heads, head_dim)
                 payload += (total - extra) // 8
                 metadata += extra // 8
-            metadata += 4 * heads * tokens * ((tier.pos is not None) + (tier.stat is not None))
+            metadata += heads * tokens * (4 * (tier.pos is not None) + _stat_bytes(tier.stat))
     counters = [cache.length, cache.settled, cache.window_limit]
     counters += [x for tier in cache.tiers for x in (tier.entered, tier.limit)]
     counters += jax.tree.leaves([(tier.k_codec, tier.v_codec) for tier in cache.tiers])  # the codecs' parameters
     metadata += sum(x.size * x.dtype.itemsize for x in counters)
     return payload + metadata, metadata
+
+
+def _stat_bytes(stat: Any) -> int:
+    """Bytes of one token's statistic, arrays [B, K, S, ...]."""
+    return sum(x.dtype.itemsize * math.prod(x.shape[3:]) for x in jax.tree.leaves(stat))
 
 
 def _occupancy(cache: LayerCache) -> _Occupancy:
@@ -133,14 +139,16 @@ def _after_prompt(spec: LayerSpec, length: int) -> _Occupancy:
     """What one row of `spec` holds after a prompt; mirrors `fill`."""
     after_sinks = max(length - spec.policy.num_sinks, 0)
     old = max(after_sinks - spec.window, 0)
-    room = sum(rung.capacity for rung in spec.rungs)
+    rooms = [rung.capacity - rung.reserve for rung in spec.rungs]
     in_blocks = spec.policy.fifo or spec.divided
-    settled = old if not in_blocks and old > room else old - old % spec.block_size
+    settled = old if not in_blocks and old > sum(rooms) else old - old % spec.block_size
     tiers, left = [], settled
-    for rung, step in zip(spec.rungs, spec.steps, strict=True):
-        share = settled // spec.block_size * step if spec.divided else min(left, rung.capacity)
-        tiers.append(np.array([min(share, rung.capacity)]))
+    for room, step in zip(rooms, spec.steps, strict=True):
+        share = settled // spec.block_size * step if spec.divided else min(left, room)
+        tiers.append(np.array([min(share, room)]))
         left -= share
+    if spec.drop and tiers[-1] == spec.rungs[-1].capacity:
+        tiers[-1] -= round(spec.rungs[-1].capacity * spec.drop)
     window = after_sinks - settled if spec.rungs else min(after_sinks, spec.window)
     return _Occupancy(np.array([length - after_sinks]), np.array([window]), tuple(tiers))
 

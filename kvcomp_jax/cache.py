@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from kvcomp_jax.attention import check_qkv
 from kvcomp_jax.codecs import Identity
-from kvcomp_jax.ladder import Block, push
+from kvcomp_jax.ladder import Block, empty_lowest, push
+from kvcomp_jax.policies import Stat
 from kvcomp_jax.spec import LayerSpec
 from kvcomp_jax.tiers import Tier, init_tier, ring_index
 from kvcomp_jax.types import pytree, static
@@ -20,7 +21,7 @@ class Exact:
 
     k: jax.Array  # [B, K, S, D]
     v: jax.Array  # [B, K, S, D]
-    stat: jax.Array | None  # f32[B, K, S]
+    stat: Stat | None  # [B, K, S, ...], what the policy remembers
 
 
 @pytree
@@ -54,7 +55,7 @@ def init(spec: LayerSpec, *, batch: int, num_kv_heads: int, head_dim: int, dtype
     def exact(num_slots: int, keeps_stat: bool) -> Exact:
         slots = (batch, num_kv_heads, num_slots)
         k, v = jnp.zeros((*slots, head_dim), dtype), jnp.zeros((*slots, head_dim), dtype)
-        return Exact(k=k, v=v, stat=jnp.zeros(slots) if keeps_stat else None)
+        return Exact(k=k, v=v, stat=spec.policy.new_stat(slots) if keeps_stat else None)
 
     tiers = tuple(
         init_tier(rung, step if spec.divided else None, spec, batch, num_kv_heads, head_dim, dtype)
@@ -86,7 +87,7 @@ def settle(cache: LayerCache) -> LayerCache:
     spec = cache.spec
     if not spec.rungs:
         return cache
-    size = spec.block_size
+    size, tiers = spec.block_size, cache.tiers
     due = cache.length - spec.policy.num_sinks - cache.settled >= cache.window_limit + size
     index = cache.settled[:, None] + jnp.arange(size, dtype=jnp.int32)[None]  # [B, P]
     slot = (index % spec.window_slots)[:, None]
@@ -102,11 +103,17 @@ def settle(cache: LayerCache) -> LayerCache:
         pos=jnp.broadcast_to(pos[:, None], (*heads, size)),
         stat=rows.stat,
     )
-    return dataclasses.replace(
-        cache,
-        tiers=push(cache.tiers, block, due, spec.policy),
-        settled=cache.settled + jnp.where(due, size, 0),
-    )
+    if spec.policy.admits_later:
+        tiers = push(tiers, block, due, spec.policy)
+    return thin(dataclasses.replace(cache, tiers=tiers, settled=cache.settled + jnp.where(due, size, 0)))
+
+
+def thin(cache: LayerCache) -> LayerCache:
+    """Evict the lowest `spec.drop` of the last rung's tokens in rows and heads where it is full."""
+    spec = cache.spec
+    if not spec.drop:
+        return cache
+    return dataclasses.replace(cache, tiers=(*cache.tiers[:-1], empty_lowest(cache.tiers[-1], spec.policy, spec.drop)))
 
 
 def append(cache: LayerCache, k: jax.Array, v: jax.Array, length: jax.Array | None = None) -> LayerCache:
@@ -129,14 +136,13 @@ def _write(exact: Exact, slot: jax.Array, k: jax.Array, v: jax.Array) -> Exact:
     h = jnp.arange(k.shape[2])[None, :, None]
     at = slot[:, None]  # [B, 1, T]
 
-    def one(x: jax.Array, new: jax.Array | float) -> jax.Array:
+    def one(x: jax.Array, new: jax.Array | int) -> jax.Array:
         return x.at[b, h, at].set(new, mode="drop")
 
-    stat = None if exact.stat is None else one(exact.stat, 0.0)
     return Exact(
         k=one(exact.k, k.swapaxes(1, 2).astype(exact.k.dtype)),
         v=one(exact.v, v.swapaxes(1, 2).astype(exact.v.dtype)),
-        stat=stat,
+        stat=jax.tree.map(lambda x: one(x, 0), exact.stat),
     )
 
 

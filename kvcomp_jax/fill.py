@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kvcomp_jax.cache import Exact, LayerCache
+from kvcomp_jax.cache import Exact, LayerCache, thin
+from kvcomp_jax.ladder import expand
 from kvcomp_jax.tiers import Tier, ring_index
 
 
@@ -23,7 +24,7 @@ def fill(cache: LayerCache, prompt: Exact, length: jax.Array) -> LayerCache:
     settled = _whole_blocks(cache, old) if cache.spec.rungs else jnp.zeros_like(old)
     cache = dataclasses.replace(cache, tiers=_fit(cache.tiers, prompt, length))
     tiers = (_fill_by_age if policy.fifo else _fill_by_score)(cache, prompt, settled)
-    filled = dataclasses.replace(cache, tiers=tiers, settled=settled)
+    filled = thin(dataclasses.replace(cache, tiers=tiers, settled=settled))
     return overlay(filled, prompt, jnp.zeros_like(length), length)
 
 
@@ -57,7 +58,9 @@ def _replace_new(old: Exact, staged: Exact, offset: jax.Array, first: jax.Array,
     rows = gather(staged, (offset + first[:, None])[:, None])
     k = jnp.where(new[..., None], rows.k, old.k)
     v = jnp.where(new[..., None], rows.v, old.v)
-    return Exact(k=k, v=v, stat=None if old.stat is None else jnp.where(new, rows.stat, old.stat))
+    if old.stat is None:
+        return Exact(k=k, v=v, stat=None)
+    return Exact(k=k, v=v, stat=jax.tree.map(lambda x, y: jnp.where(expand(new, x), x, y), rows.stat, old.stat))
 
 
 def gather(rows: Exact, index: jax.Array) -> Exact:
@@ -75,8 +78,13 @@ def _whole_blocks(cache: LayerCache, old: jax.Array) -> jax.Array:
     whole = old - old % cache.spec.block_size
     if cache.spec.policy.fifo or cache.spec.divided:
         return whole
-    room = sum(tier.limit for tier in cache.tiers)
+    room = sum(_room(cache))
     return jnp.where(old > room, old, whole)
+
+
+def _room(cache: LayerCache) -> list[jax.Array]:
+    """Slots that a prompt may take on each rung, i32[B]."""
+    return [tier.limit - rung.reserve for tier, rung in zip(cache.tiers, cache.spec.rungs, strict=True)]
 
 
 def _fill_by_age(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tuple[Tier, ...]:
@@ -102,9 +110,9 @@ def _fill_by_score(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tupl
     num_best = num_slots if cache.spec.divided else sum(tier.capacity for tier in cache.tiers)
     order = lax.top_k(score, min(num_slots, num_best))[1].astype(jnp.int32)
     tiers, first = [], jnp.zeros_like(settled)
-    for tier in cache.tiers:
-        here = tier.limit if tier.keeps is None else settled // cache.spec.block_size * tier.keeps
-        count = jnp.clip(settled - first, 0, jnp.minimum(here, tier.limit))
+    for tier, room in zip(cache.tiers, _room(cache), strict=True):
+        here = room if tier.keeps is None else settled // cache.spec.block_size * tier.keeps
+        count = jnp.clip(settled - first, 0, jnp.minimum(here, room))
         slot = jnp.arange(tier.capacity, dtype=jnp.int32)[None]
         rank = slot + first[:, None]
         live = slot < count[:, None]
@@ -113,7 +121,9 @@ def _fill_by_score(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tupl
         rows = gather(prompt, index)
         k, v = tier.k_codec.encode(rows.k, index), tier.v_codec.encode(rows.v, index)
         kept = jnp.where(index < num_slots, index, -1)
-        stat = None if tier.stat is None else jnp.where(kept >= 0, rows.stat, 0.0)
+        stat = None
+        if tier.stat is not None:
+            stat = jax.tree.map(lambda x, live=kept >= 0: jnp.where(expand(live, x), x, 0), rows.stat)
         kept = None if tier.pos is None else kept
         tiers.append(dataclasses.replace(tier, k=k, v=v, pos=kept, stat=stat, entered=count))
         first = first + here

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcomp_jax.codecs import Codec, Encoded
-from kvcomp_jax.policies import Policy
+from kvcomp_jax.policies import Policy, Stat
 from kvcomp_jax.tiers import Tier
 from kvcomp_jax.types import pytree
 
@@ -22,7 +22,7 @@ class Block:
     k: Encoded
     v: Encoded
     pos: jax.Array  # i32[B, K, P], -1 = no token
-    stat: jax.Array | None  # f32[B, K, P]
+    stat: Stat | None  # [B, K, P, ...]
 
 
 def push(tiers: tuple[Tier, ...], block: Block, due: jax.Array, policy: Policy) -> tuple[Tier, ...]:
@@ -78,7 +78,7 @@ def _insert_fifo(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tu
         pos = (index + policy.num_sinks)[:, None] + jnp.arange(size)[None]
         pos = jnp.where((stored & (index >= 0))[:, None], pos, -1)
         old["pos"] = jnp.broadcast_to(pos[:, None], block.pos.shape)
-    out = jax.tree.map(lambda x, y: jnp.where(_expand(tier.limit > 0, x), x, y), old, _moving(block))
+    out = jax.tree.map(lambda x, y: jnp.where(expand(tier.limit > 0, x), x, y), old, _moving(block))
     slot = jnp.where(stored[:, None, None], slot, tier.capacity)
     kept = put(_stored(tier), slot, new, tier.capacity // tier.unit)
     entered = tier.entered + jnp.where(stored, size, 0)
@@ -95,11 +95,11 @@ def _insert_ranked(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> 
     from_tier = victims < num_units
     stored, moving = _stored(tier), _moving(block)
     out = jax.tree.map(
-        lambda x, y: jnp.where(_expand(jnp.repeat(from_tier, x.shape[2] // num_new, 2), x), x, y),
+        lambda x, y: jnp.where(expand(jnp.repeat(from_tier, x.shape[2] // num_new, 2), x), x, y),
         take(stored, victims, num_units),
         take(moving, victims - num_units, num_new),
     )
-    out["pos"] = jnp.where(_expand(due, out["pos"]), out["pos"], -1)
+    out["pos"] = jnp.where(expand(due, out["pos"]), out["pos"], -1)
     # The block's survivors go to the slots that were freed, pairwise after sorting both to the front.
     newcomers = jnp.arange(num_units, num_units + num_new)[None, None, :, None]
     survivors = jnp.argsort((victims[:, :, None, :] == newcomers).any(-1), -1, stable=True)
@@ -108,6 +108,24 @@ def _insert_ranked(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> 
     kept = put(stored, slot, take(moving, survivors, num_new), num_units)
     entered = tier.entered + jnp.where(due, block.pos.shape[-1], 0)
     return dataclasses.replace(tier, entered=entered, **kept), dataclasses.replace(block, **out)
+
+
+def empty_lowest(tier: Tier, policy: Policy, share: float) -> Tier:
+    """Evict a share of a ranked rung's usable units, the lowest scores, in rows and heads where none is empty."""
+    num_units = tier.capacity // tier.unit
+    limit = tier.limit // tier.unit
+    usable = (jnp.arange(num_units)[None] < limit[:, None])[:, None]
+
+    def empty(pos: jax.Array) -> jax.Array:
+        score = jnp.where(usable, _unit_scores(policy, tier.stat, pos, tier.unit), jnp.inf)
+        rank = jnp.argsort(jnp.argsort(score, -1, stable=True), -1)
+        num = jnp.round(limit.astype(jnp.float32) * share).astype(jnp.int32)
+        lowest = full & (rank < num[:, None, None]) & usable
+        return jnp.where(jnp.repeat(lowest, tier.unit, -1), -1, pos)
+
+    units = tier.pos.reshape(*tier.pos.shape[:2], num_units, tier.unit)
+    full = ((units >= 0).any(-1) | ~usable).all(-1, keepdims=True)
+    return dataclasses.replace(tier, pos=lax.cond(full.any(), empty, lambda pos: pos, tier.pos))
 
 
 def take(rows: Any, index: jax.Array, num_units: int) -> Any:
@@ -143,7 +161,7 @@ def _by_unit(x: jax.Array, num_units: int) -> jax.Array:
     return x.reshape(*x.shape[:2], num_units, x.shape[2] // num_units, *x.shape[3:])
 
 
-def _expand(mask: jax.Array, x: jax.Array) -> jax.Array:
+def expand(mask: jax.Array, x: jax.Array) -> jax.Array:
     """Give a mask over x's leading axes x's rank."""
     return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
 
@@ -156,7 +174,7 @@ def _moving(block: Block) -> dict[str, Any]:
     return {name: getattr(block, name) for name in ("k", "v", "pos", "stat") if getattr(block, name) is not None}
 
 
-def _unit_scores(policy: Policy, stat: jax.Array | None, pos: jax.Array, size: int) -> jax.Array:
+def _unit_scores(policy: Policy, stat: Stat | None, pos: jax.Array, size: int) -> jax.Array:
     """Mean score of the live tokens of each unit, -inf where there are none: f32[B, K, units]."""
     live = (pos >= 0).reshape(*pos.shape[:2], -1, size)
     total = jnp.where(live, policy.score(stat, pos).reshape(live.shape), 0.0).sum(-1)

@@ -120,16 +120,21 @@ def _limited(cache: LayerCache, specs: list[LayerSpec]) -> LayerCache:
     """
     specs = [spec if len(spec.rungs) == len(cache.spec.rungs) else cache.spec for spec in specs]
     for spec in specs:
-        wide = [cache.spec.window, *(tier.capacity for tier in cache.tiers)]
-        if any(a > b for a, b in zip([spec.window, *(r.capacity for r in spec.rungs)], wide, strict=True)):
+        if any(a > b for a, b in zip(_for_prompt(spec), _for_prompt(cache.spec), strict=True)):
             raise ValueError("a row's budget exceeds the plan's: make the plan with prompt_len of the longest prompt.")
         if cache.spec.prefill == "stored" and spec.bind(cache.window.k.dtype) != cache.spec:
             raise ValueError("prefill='stored' needs one budget for all rows: state it in tokens, not as a fraction.")
+    room = jnp.array([_for_prompt(spec)[1:] for spec in specs], jnp.int32)
     tiers = tuple(
-        dataclasses.replace(tier, limit=jnp.array([spec.rungs[i].capacity for spec in specs], jnp.int32))
-        for i, tier in enumerate(cache.tiers)
+        dataclasses.replace(tier, limit=room[:, i] + rung.reserve)
+        for i, (tier, rung) in enumerate(zip(cache.tiers, cache.spec.rungs, strict=True))
     )
     return dataclasses.replace(cache, tiers=tiers, window_limit=jnp.array([s.window for s in specs], jnp.int32))
+
+
+def _for_prompt(spec: LayerSpec) -> list[int]:
+    """Tokens of a prompt that window and rungs take."""
+    return [spec.window, *(rung.capacity - rung.reserve for rung in spec.rungs)]
 
 
 def clip(spec: LayerSpec, max_len: int) -> LayerSpec:
@@ -137,7 +142,8 @@ def clip(spec: LayerSpec, max_len: int) -> LayerSpec:
 
     def fit(rung: Rung, step: int) -> Rung:
         num_steps = -(-max_len // (spec.block_size if spec.divided else step))
-        return dataclasses.replace(rung, capacity=min(rung.capacity, num_steps * step))
+        capacity = min(rung.capacity, num_steps * step)
+        return dataclasses.replace(rung, capacity=capacity, reserve=max(capacity - (rung.capacity - rung.reserve), 0))
 
     rungs = tuple(fit(rung, step) for rung, step in zip(spec.rungs, spec.steps, strict=True))
     return dataclasses.replace(spec, window=min(spec.window, max_len), rungs=rungs)

@@ -61,7 +61,7 @@ def open_prompt(
     policy, staged, probes = cache.spec.policy, None, None
     if capacity:
         slots, dtype = (batch, heads, capacity), cache.window.k.dtype
-        stat = jnp.zeros(slots) if policy.keeps_stat else None
+        stat = policy.new_stat(slots) if policy.keeps_stat else None
         staged = Exact(k=jnp.zeros((*slots, head_dim), dtype), v=jnp.zeros((*slots, head_dim), dtype), stat=stat)
         if num_probes := policy.num_probes(capacity):
             if num_heads is None or num_heads % heads:
@@ -119,12 +119,13 @@ def close_prompt(prompt: PromptCache, base: LayerCache | None = None) -> LayerCa
 
 
 def _close(prompt: PromptCache, cache: LayerCache, staged: Exact) -> LayerCache:
-    if prompt.policy is not None and prompt.policy.keeps_stat:
+    if prompt.policy is not None:
         seen = Prompt(
             k=staged.k,
             v=staged.v,
             length=prompt.filled,
             probes=prompt.probes,
+            start=jnp.zeros_like(cache.length) if prompt.fresh else cache.length,
             soft_cap=prompt.soft_cap,
             sliding_window=prompt.sliding_window,
         )
@@ -266,8 +267,8 @@ def _stage(prompt: PromptCache, k: jax.Array, v: jax.Array) -> Exact:
     dtype = cast(Exact, prompt.staged or cast(LayerCache, prompt.base).window).k.dtype
     k, v = k.swapaxes(1, 2).astype(dtype), v.swapaxes(1, 2).astype(dtype)
     if prompt.staged is None:
-        keeps_stat = prompt.policy is not None and prompt.policy.keeps_stat
-        return Exact(k=k, v=v, stat=jnp.zeros(k.shape[:3]) if keeps_stat else None)
+        policy = prompt.policy
+        return Exact(k=k, v=v, stat=policy.new_stat(k.shape[:3]) if policy and policy.keeps_stat else None)
     if k.shape[2] > prompt.staged.k.shape[2]:
         raise ValueError(f"a chunk of T={k.shape[2]} tokens exceeds the prompt's capacity={prompt.staged.k.shape[2]}.")
     write = jax.vmap(lambda x, new, at: lax.dynamic_update_slice_in_dim(x, new, at, 1))

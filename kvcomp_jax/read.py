@@ -1,7 +1,6 @@
 """Reading a cache: attention over sinks, window and rungs, merged; one decode step."""
 
 import dataclasses
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from kvcomp_jax.attention import (
 )
 from kvcomp_jax.cache import Exact, LayerCache, append, check_fits, next_positions, sink_pos, window_pos
 from kvcomp_jax.codecs import Identity
+from kvcomp_jax.policies import Stat, Step
 from kvcomp_jax.tiers import Queries, Tier, attend_tier, logits_of, mix_of, tier_pos, visible
 from pallas_kernels.prefill import MASK_VALUE
 
@@ -74,6 +74,7 @@ def make_queries(
         real=real,
         soft_cap=soft_cap,
         sliding_window=cache.spec.sliding_window,
+        groups=groups,
     )
 
 
@@ -93,16 +94,16 @@ def attend_held(
     Args:
       cache: With the queries' own tokens appended, or not.
       queries: See `make_queries`.
-      frozen: A ring without rungs drops a token `window_limit` positions after it. True: measured from the newest
-        token in the cache, for queries whose tokens stand elsewhere; False: from each query.
+      frozen: A window whose tokens do not settle drops each `window_limit` positions after it. True: measured from the
+        newest token in the cache, for queries whose tokens stand elsewhere; False: from each query.
       beside: State over tokens that stand elsewhere, merged in.
 
     Returns:
       The merged state and the cache.
     """
-    sinks = [] if cache.sinks is None else [attend_exact(queries, cache.sinks, _sinks_live(cache, queries))]
+    sinks = [] if cache.sinks is None else [_attend_sinks(cache, queries, cache.sinks, frozen)]
     window = attend_exact(queries, cache.window, _window_live(cache, queries, frozen))
-    others = [state for state, _ in sinks] + ([] if beside is None else [beside])
+    others = sinks + ([] if beside is None else [beside])
     num_sinks = cache.spec.policy.num_sinks
     if not cache.spec.policy.needs_probs:
         tiers = [attend_tier(queries, tier, num_sinks) for tier in cache.tiers]
@@ -122,6 +123,19 @@ def attend_exact(queries: Queries, exact: Exact, live: jax.Array) -> tuple[AttnS
     return from_logits(logits_of(queries, rows, exact.k, pos), live, mix_of(rows, exact.v, pos))
 
 
+def _attend_sinks(cache: LayerCache, queries: Queries, sinks: Exact, frozen: bool) -> AttnState:
+    """Attend to the sinks where they stand, or as if the evicted tokens after them had never been."""
+    live = _sinks_live(cache, queries)
+    if cache.spec.close_gap is not None:
+        if cache.tiers:
+            evicted = (cache.settled - sum(tier.limit for tier in cache.tiers))[:, None]
+        else:
+            evicted = _newest(cache, queries, frozen) + 1 - cache.spec.policy.num_sinks - cache.window_limit[:, None]
+        by = jnp.broadcast_to(jnp.maximum(evicted, 0), queries.pos.shape)[:, None]
+        queries = dataclasses.replace(queries, q=cache.spec.close_gap.turn_back(queries.q, by))
+    return attend_exact(queries, sinks, live)[0]
+
+
 def _attend_whole(queries: Queries, tier: Tier, num_sinks: int) -> tuple[AttnState, jax.Array]:
     """Attend to a tier at once and keep its logits."""
     pos = tier_pos(tier, num_sinks)
@@ -136,30 +150,44 @@ def _sinks_live(cache: LayerCache, queries: Queries) -> jax.Array:
 def _window_live(cache: LayerCache, queries: Queries, frozen: bool) -> jax.Array:
     pos = window_pos(cache)
     live = visible(queries, pos)
-    if cache.spec.rungs:
+    if cache.spec.rungs and cache.spec.policy.admits_later:
         return live
-    newest = cache.length[:, None] - 1 if frozen else queries.pos
-    return live & (pos[:, :, None, :] > (newest - cache.window_limit[:, None])[:, None, :, None])
+    oldest = _newest(cache, queries, frozen) - cache.window_limit[:, None]
+    return live & (pos[:, :, None, :] > oldest[:, None, :, None])
+
+
+def _newest(cache: LayerCache, queries: Queries, frozen: bool) -> jax.Array:
+    """Position i32[B, R or 1] from which a ring counts what it dropped, see `attend_held`."""
+    return cache.length[:, None] - 1 if frozen else queries.pos
+
+
+def _live(logits: jax.Array) -> jax.Array:
+    """Which masked logits are of visible tokens."""
+    return logits > MASK_VALUE / 2
 
 
 def _observe(
     cache: LayerCache, queries: Queries, state: AttnState, window: jax.Array, tiers: list[jax.Array | None]
 ) -> LayerCache:
     """Update the statistics that window and tiers keep, from their masked logits f32[B, K, R, S]."""
-    policy, total = cache.spec.policy, lse(state)[..., None]
+    policy, total, groups = cache.spec.policy, lse(state)[..., None], queries.groups
+    num_tokens = queries.pos.shape[1] // groups
     real = jnp.ones(queries.pos.shape, bool) if queries.real is None else queries.real
-    length = jnp.where(real, queries.pos, -1).max(-1) + 1
-    num_new = jnp.maximum(length - jnp.where(real, queries.pos, 2**30).min(-1), 0)
+    seen = sum(_live(logits)[:, :, :num_tokens].sum(-1) for logits in [window, *tiers] if logits is not None)
+    if cache.sinks is not None:
+        seen = seen + _sinks_live(cache, queries)[:, :, :num_tokens].sum(-1)
+    step = Step(pos=jnp.where(real, queries.pos, -1)[:, :num_tokens], num_visible=seen)
 
-    def fold(stat: jax.Array, logits: jax.Array, pos: jax.Array) -> jax.Array:
-        live = (logits > MASK_VALUE / 2) & real[:, None, :, None]
-        mass = jnp.where(live, jnp.exp(logits - total), 0.0).sum(2)
-        return policy.observe(stat, mass, pos, length, num_new)
+    def fold(stat: Stat, logits: jax.Array, pos: jax.Array) -> Stat:
+        live = _live(logits) & real[:, None, :, None]
+        probs = jnp.where(live, jnp.exp(logits - total), 0.0)
+        probs = probs.reshape(*probs.shape[:2], groups, num_tokens, -1)
+        return policy.fold(stat, probs, pos, step)
 
-    window_stat = fold(cast(jax.Array, cache.window.stat), window, window_pos(cache))
+    window_stat = fold(cache.window.stat, window, window_pos(cache))
     new_tiers = tuple(
         tier
-        if logits is None or tier.stat is None
+        if logits is None
         else dataclasses.replace(tier, stat=fold(tier.stat, logits, tier_pos(tier, policy.num_sinks)))
         for tier, logits in zip(cache.tiers, tiers, strict=True)
     )

@@ -48,6 +48,17 @@ class Rotary:
         cos, sin = self._angles(pos)
         return turn(x, cos / self.scale, -sin / self.scale)
 
+    def turn_back(self, x: jax.Array, by: jax.Array) -> jax.Array:
+        """Move x [*b, S, D], rotated already, `by` i32[*b, S] positions back, f32."""
+        cos, sin = self._angles(by)
+        return turn(x, cos, -sin)
+
+    def average(self, x: jax.Array, first: jax.Array, num: int) -> jax.Array:
+        """The mean of x [*b, S, D] rotated to each of `num` positions from `first` i32[*b, S] on, f32."""
+        every = first[..., None] + jnp.arange(num).reshape(*(1,) * first.ndim, -1)
+        cos, sin = (angle.mean(-2) for angle in self._angles(every))
+        return turn(x, cos * self.scale, sin * self.scale)
+
     def _angles(self, pos: jax.Array) -> tuple[jax.Array, jax.Array]:
         frequency = jnp.asarray(self.inv_freq.value, jnp.float32).reshape(*(1,) * pos.ndim, -1)
         angle = pos[..., None].astype(jnp.float32) * frequency

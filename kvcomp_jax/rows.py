@@ -38,7 +38,7 @@ def free_row(caches: Any, row: jax.Array | int) -> Any:
                 tier,
                 entered=zero(tier.entered),
                 pos=None if tier.pos is None else zero(tier.pos, -1),
-                stat=None if tier.stat is None else zero(tier.stat),
+                stat=jax.tree.map(zero, tier.stat),
             )
             for tier in cache.tiers
         )

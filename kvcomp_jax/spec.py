@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kvcomp_jax.codecs import Codec, Identity
 from kvcomp_jax.policies import Policy, Recency
+from kvcomp_jax.rotary import Rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,19 +17,22 @@ class Rung:
     """One storage form of the ladder: a codec for K, one for V, and slots a row and KV head.
 
     `share` is the part of the tokens reaching this rung that stays on it, those with the highest scores. 1: all of
-    them, and what they displace goes to the next rung.
+    them, and what they displace goes to the next rung. A ranked prompt leaves `reserve` slots free for later tokens.
     """
 
     k: Codec
     v: Codec
     capacity: int
     share: float = 1.0
+    reserve: int = 0
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise ValueError(f"capacity={self.capacity} of a rung must be at least 1 token.")
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} of a rung must be in (0, 1].")
+        if not 0 <= self.reserve < self.capacity:
+            raise ValueError(f"reserve={self.reserve} of a rung must be in [0, capacity={self.capacity}).")
 
     @property
     def unit(self) -> int:
@@ -57,6 +61,10 @@ class LayerSpec:
       prefill: How queries of a prompt see its tokens: "exact", or "stored" as a stream would have stored them by then,
         in the arithmetic of the codecs. The latter is for policies that go by age. Turns on top of a filled cache are
         read exactly either way.
+      drop: Share of the last rung's tokens that is evicted at once when the rung is full, so that it then has room for
+        a while; 0 makes room only for the tokens that come.
+      close_gap: How keys rotate, to read sinks as if evicted tokens had never stood between them and the rest, by
+        positions counted in the cache; None reads them at their positions in the text.
     """
 
     rungs: tuple[Rung, ...] = ()
@@ -65,6 +73,8 @@ class LayerSpec:
     block_size: int = 1
     sliding_window: int | None = None
     prefill: Literal["exact", "stored"] = "exact"
+    drop: float = 0.0
+    close_gap: Rotary | None = None
 
     def __post_init__(self) -> None:
         if self.window < 0 or self.block_size < 1:
@@ -78,6 +88,10 @@ class LayerSpec:
                 f"prefill='stored' needs a policy that goes by age (Recency): what {type(self.policy).__name__} keeps "
                 "is known after the prompt; use prefill='exact'."
             )
+        if not 0 <= self.drop <= 1 or (self.drop and (self.policy.fifo or not self.rungs or self.divided)):
+            raise ValueError(f"drop={self.drop} must be a share in [0, 1], of a rung whose tokens are ranked.")
+        if self.close_gap is not None and not self.policy.fifo:
+            raise ValueError(f"close_gap needs a policy that goes by age (Recency), got {type(self.policy).__name__}.")
         if self.divided:
             self._check_shares()
         for rung, unit in zip(self.rungs, self.steps, strict=True):
@@ -157,9 +171,9 @@ class LayerSpec:
         return dataclasses.replace(self, rungs=rungs)
 
 
-def exact_rung(capacity: int) -> Rung:
-    """A rung that stores rows as they are."""
-    return Rung(Identity(), Identity(), capacity)
+def exact_rung(capacity: int, reserve: int = 0) -> Rung:
+    """A rung that stores rows as they are, `capacity` of them beside those in `reserve`."""
+    return Rung(Identity(), Identity(), capacity + reserve, reserve=reserve)
 
 
 def blocks(num_tokens: int, block_size: int) -> int:

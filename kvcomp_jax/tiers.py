@@ -10,6 +10,7 @@ from jax import lax
 
 from kvcomp_jax.attention import AttnState, from_logits, merge, unit
 from kvcomp_jax.codecs import Affine, Codec, Encoded, Homomorphic, Identity
+from kvcomp_jax.policies import Stat
 from kvcomp_jax.spec import LayerSpec, Rung
 from kvcomp_jax.types import pytree, static
 from pallas_kernels.homomorphic_decode import homomorphic_decode
@@ -30,6 +31,7 @@ class Queries:
     since: jax.Array | None = None  # i32[B, R], first position that each sees; None = 0. Fused reads know no such bound
     soft_cap: float | None = static(default=None)
     sliding_window: int | None = static(default=None)
+    groups: int = static(default=1)  # G
 
 
 @pytree
@@ -41,7 +43,7 @@ class Tier:
     k: Encoded
     v: Encoded
     pos: jax.Array | None  # i32[B, K or 1, S], -1 = empty; None when they follow from `entered`, or nobody asks
-    stat: jax.Array | None  # f32[B, K, S]; None when tokens are not ranked again
+    stat: Stat | None  # [B, K, S, ...], what the policy remembers; None when tokens are not ranked again
     entered: jax.Array  # i32[B], tokens that ever arrived
     limit: jax.Array  # i32[B], slots that this row may use, <= capacity
     capacity: int = static()
@@ -71,7 +73,7 @@ def init_tier(
         k=nothing(k_codec),
         v=nothing(v_codec),
         pos=jnp.full(slots, -1, jnp.int32) if ranked or asked else None,
-        stat=jnp.zeros(slots) if spec.policy.keeps_stat and ranked else None,
+        stat=spec.policy.new_stat(slots) if spec.policy.keeps_stat and ranked else None,
         entered=jnp.zeros(batch, jnp.int32),
         limit=jnp.full(batch, rung.capacity, jnp.int32),
         capacity=rung.capacity,

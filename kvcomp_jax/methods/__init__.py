@@ -1,6 +1,7 @@
 """Published systems: one a file, each a function that returns a spec; `METHODS` is the table, `parse` reads text."""
 
 from kvcomp_jax.methods.decoquant import decoquant
+from kvcomp_jax.methods.expected_attention import expected_attention
 from kvcomp_jax.methods.fp8 import fp8
 from kvcomp_jax.methods.full import full
 from kvcomp_jax.methods.h2o import h2o
@@ -9,9 +10,14 @@ from kvcomp_jax.methods.int8_int4 import int4, int8
 from kvcomp_jax.methods.kivi import kivi
 from kvcomp_jax.methods.kvquant import kvquant
 from kvcomp_jax.methods.nvfp4 import mxfp4, nvfp4
+from kvcomp_jax.methods.pyramid_kv import pyramid_kv
 from kvcomp_jax.methods.quarot import quarot
 from kvcomp_jax.methods.registry import METHODS, Context, Method, MethodInfo, method, parse
+from kvcomp_jax.methods.scissorhands import scissorhands
+from kvcomp_jax.methods.snapkv import snapkv
+from kvcomp_jax.methods.snapstream import snapstream
 from kvcomp_jax.methods.streaming_llm import streaming_llm
+from kvcomp_jax.methods.tova import tova
 from kvcomp_jax.methods.turboquant import turboquant
 from kvcomp_jax.methods.zipcache import zipcache
 
@@ -21,6 +27,7 @@ __all__ = [
     "Method",
     "MethodInfo",
     "decoquant",
+    "expected_attention",
     "fp8",
     "full",
     "h2o",
@@ -33,8 +40,13 @@ __all__ = [
     "mxfp4",
     "nvfp4",
     "parse",
+    "pyramid_kv",
     "quarot",
+    "scissorhands",
+    "snapkv",
+    "snapstream",
     "streaming_llm",
+    "tova",
     "turboquant",
     "zipcache",
 ]

@@ -42,6 +42,11 @@ class Context:
             raise ValueError(f"budget={budget} is a fraction of the prompt: pass prompt_len, or write it in tokens.")
         return max(int(budget * self.prompt_len), 1)
 
+    @property
+    def later(self) -> int:
+        """Tokens that may follow the longest prompt, or all if its length is unknown."""
+        return max(self.max_len - (self.prompt_len or 0), 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class MethodInfo:
@@ -51,7 +56,7 @@ class MethodInfo:
       name, axis, source: What it is called, what it does to tokens, and who published it.
       bits: Of a stored value, without metadata; for people.
       summary: One sentence.
-      build: Returns the spec.
+      build: Returns the spec, or one a layer.
       advice: When to take it, one sentence.
       settings: Options of the settings that its source reports, as on a command line; "" is the defaults.
       calibrate: What makes the file it needs, see `Calibrate`; None needs none.
@@ -223,7 +228,8 @@ def _compose(whole: Method, specs: list[LayerSpec]) -> LayerSpec:
     block = -(-16 // final.unit) * final.unit
     window = select.window if select.rungs else store.window
     sinks = max(select.policy.num_sinks, store.policy.num_sinks)
-    budget = select.max_tokens
+    later = sum(rung.reserve for rung in select.rungs)
+    budget = select.max_tokens - later
     capacity = (budget - sinks - window - (block - 1)) // block * block
     if capacity < block:
         needed = sinks + window + 2 * block - 1
@@ -231,5 +237,7 @@ def _compose(whole: Method, specs: list[LayerSpec]) -> LayerSpec:
             f"budget={budget} tokens is too small: {sinks} sinks, {window} exact and a block of {block} need {needed}."
         )
     policy = dataclasses.replace(select.policy, num_sinks=sinks)
-    rung = dataclasses.replace(final, capacity=capacity)
-    return LayerSpec(rungs=(rung,), policy=policy, window=window, block_size=block)
+    reserve = -(-later // block) * block
+    rung = dataclasses.replace(final, capacity=capacity + reserve, reserve=reserve)
+    kept = {"drop": select.drop, "close_gap": select.close_gap}
+    return LayerSpec(rungs=(rung,), policy=policy, window=window, block_size=block, **kept)

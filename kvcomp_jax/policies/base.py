@@ -1,10 +1,16 @@
 """The contract of a policy: which tokens are worth keeping."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from kvcomp_jax.types import pytree, static
 from pallas_kernels.prefill import probe_mass
+from pallas_kernels.prefill.reference import capped, seen_from
+
+Stat = Any  # what a policy remembers of each token: arrays [B, K, S, ...]
 
 
 @pytree
@@ -25,6 +31,7 @@ class Prompt:
     length: jax.Array  # i32[B], tokens of each row
     probes: Probes | None  # as `num_probes` and `choose_probes` had them kept
     soft_cap: float | None = static(default=None)
+    start: jax.Array  # i32[B], text position of its first token
     sliding_window: int | None = static(default=None)
 
     def mass(self, at: jax.Array) -> jax.Array:
@@ -33,10 +40,42 @@ class Prompt:
         Args:
           at: `probes.at`, with -1 where a probe shall not count.
         """
+        probes = self.kept
+        options = {"soft_cap": self.soft_cap, "sliding_window": self.sliding_window}
+        return probe_mass(probes.q, self.k, probes.lse, at, **options)
+
+    def mass_by_head(self, at: jax.Array) -> jax.Array:
+        """As `mass`, but for each query head of a group alone: f32[B, K, G, S]."""
+        probes, options = self.kept, {"soft_cap": self.soft_cap, "sliding_window": self.sliding_window}
+
+        def one(head: tuple[jax.Array, jax.Array]) -> jax.Array:
+            q, lse = head
+            return probe_mass(q[:, :, None], self.k, lse[:, :, None], at, **options)
+
+        return jnp.moveaxis(lax.map(one, (jnp.moveaxis(probes.q, 2, 0), jnp.moveaxis(probes.lse, 2, 0))), 0, 2)
+
+    def probs(self, first: jax.Array | int, num: int) -> tuple[jax.Array, jax.Array]:
+        """Attention of `num` of the probes from `first` on, f32[B, K, G, num, S], and where they stand, i32[B, num]."""
+        q, lse = (lax.dynamic_slice_in_dim(x, first, num, 3) for x in (self.kept.q, self.kept.lse))
+        at = lax.dynamic_slice_in_dim(self.kept.at, first, num, 1)
+        logits = jnp.einsum("bkgnd,bksd->bkgns", q, self.k, preferred_element_type=jnp.float32)
+        live = seen_from(at, jnp.arange(self.k.shape[2]), self.sliding_window)
+        return jnp.where(live, jnp.exp(capped(logits, self.soft_cap) - lse[..., None]), 0.0), at
+
+    @property
+    def kept(self) -> Probes:
+        """The probes; TypeError if the policy asked for none."""
         if self.probes is None:
             raise TypeError("the policy kept no probes: num_probes must be positive.")
-        options = {"soft_cap": self.soft_cap, "sliding_window": self.sliding_window}
-        return probe_mass(self.probes.q, self.k, self.probes.lse, at, **options)
+        return self.probes
+
+
+@pytree
+class Step:
+    """The queries of a decode step, as a policy sees them."""
+
+    pos: jax.Array  # i32[B, T], text positions, -1 = padding
+    num_visible: jax.Array  # i32[B, K, T], tokens of the cache that each sees
 
 
 @pytree
@@ -64,8 +103,13 @@ class Policy:
 
     @property
     def keeps_stat(self) -> bool:
-        """Whether every token carries a statistic, f32[B, K, S], from the prompt or from every step."""
+        """Whether every token in the cache carries a statistic, from the prompt or from every step."""
         return self.needs_probs
+
+    @property
+    def admits_later(self) -> bool:
+        """Whether tokens after the first prompt may settle; if not, they are evicted when they leave the window."""
+        return True
 
     @property
     def looks_at_prompt(self) -> bool:
@@ -91,10 +135,28 @@ class Policy:
         """
         return lax.top_k(at, min(self.num_probes(capacity), at.shape[1]))[1]
 
-    def from_prompt(self, stat: jax.Array, prompt: Prompt) -> jax.Array:
-        """Return the statistic f32[B, K, S] of a prompt's tokens; `stat` is what `observe` made of it, else zeros."""
+    def new_stat(self, slots: tuple[int, int, int]) -> Stat:
+        """The statistic of `slots` (B, K, S) that no query has seen; zeros, because a new token's is set to zero."""
+        return jnp.zeros(slots)
+
+    def from_prompt(self, stat: Stat | None, prompt: Prompt) -> Stat:
+        """Return the statistic by which a prompt's tokens are ranked, f32[B, K, S] or as `new_stat`.
+
+        `stat` is what `observe` made of it, else as new; None where caches carry no statistic.
+        """
         del prompt
         return stat
+
+    def fold(self, stat: Stat, probs: jax.Array, pos: jax.Array, step: Step) -> Stat:
+        """Take the attention of a decode step into the statistic; here only its sum over queries, by `observe`.
+
+        Args:
+          stat, pos: Of the tokens; pos i32[B, K or 1, S], -1 = none.
+          probs: f32[B, K, G, T, S], 0 where a query is padding or does not see a token.
+          step: The queries.
+        """
+        num_new = (step.pos >= 0).sum(-1)
+        return self.observe(stat, probs.sum((2, 3)), pos, step.pos.max(-1) + 1, num_new)
 
     def observe(
         self, stat: jax.Array, mass: jax.Array, pos: jax.Array, length: jax.Array, num_new: jax.Array
@@ -109,6 +171,9 @@ class Policy:
         del mass, pos, length, num_new
         return stat
 
-    def score(self, stat: jax.Array | None, pos: jax.Array) -> jax.Array:
-        """Worth of each token, f32 of the shape of `pos` i32[B, K or 1, S]; higher stays."""
+    def score(self, stat: Stat | None, pos: jax.Array) -> jax.Array:
+        """Worth of each token, f32 of the shape of `pos` i32[B, K or 1, S]; higher stays.
+
+        `stat` is `from_prompt`'s for a prompt, and in a cache None if caches carry no statistic.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define score.")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcomp_jax.policies.base import Policy, Prompt
+from kvcomp_jax.policies.draw import hashed
 from kvcomp_jax.types import pytree, static
 
 
@@ -53,7 +54,7 @@ class Saliency(Policy):
         """The latest, as many as a prompt of `capacity` tokens has recent probes, and the lowest hashes of the rest."""
         latest = _rank(-at) < _at_least_one(capacity, self.recent)
         kind = jnp.where(at < 0, 2, jnp.where(latest, 0, 1))
-        return jnp.lexsort((_hash(at), kind))[:, : self.num_probes(capacity)]
+        return jnp.lexsort((hashed(at), kind))[:, : self.num_probes(capacity)]
 
     def from_prompt(self, stat: jax.Array, prompt: Prompt) -> jax.Array:
         """Divide the mass from the row's probes."""
@@ -88,7 +89,7 @@ class Saliency(Policy):
         first_recent = length - _at_least_one(length, self.recent)
         recent = (at >= 0) & (at >= first_recent)
         others = (at >= 0) & ~recent
-        drawn = jnp.argsort(jnp.lexsort((_hash(at), ~others)), -1) < _share(length, self.random)
+        drawn = jnp.argsort(jnp.lexsort((hashed(at), ~others)), -1) < _share(length, self.random)
         return jnp.where(recent | (others & drawn), at, -1)
 
 
@@ -116,11 +117,3 @@ def _at_least_one(num: int | jax.Array, share: float) -> int | jax.Array:
 def _rank(x: jax.Array) -> jax.Array:
     """Place of each element of x [B, N] in ascending order; among equals the first comes first."""
     return jnp.argsort(jnp.argsort(x, -1, stable=True), -1)
-
-
-def _hash(at: jax.Array) -> jax.Array:
-    """Mix the bits of each number, by the finaliser of MurmurHash3: different numbers stay different."""
-    x = at.astype(jnp.uint32)
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

@@ -119,6 +119,13 @@ METHODS = [
     "decoquant:block_size=32",
     "decoquant:bits=8,v_bits=2,basis=run,rank=8,block_size=16,num_sinks=2,window=5",
     "zipcache:bits=8,low_bits=3,low_share=0.5,divide_by=queries,num_sinks=2",
+    "snapkv:budget=40,window=8",
+    "snapkv:budget=0.5,window=8,kernel_size=5,pooling=avg,num_sinks=2",
+    "snapkv:budget=120,window=16+kivi:bits=4",
+    "snapstream:budget=40,num_queries=6",
+    "tova:budget=0.5",
+    "expected_attention:budget=0.5,num_sinks=2,num_queries=32",
+    "scissorhands:budget=0.5,history=40,num_sinks=1",
 ]
 
 PROBING = [  # policies that judge a prompt by some of its queries
@@ -126,6 +133,9 @@ PROBING = [  # policies that judge a prompt by some of its queries
     kvc.Saliency(recent=0.2, random=0.3, num_sinks=2),
     kvc.Saliency(recent=1.0, random=0.0, divide_by="queries"),
 ]
+
+RANKED = ("h2o", "zipcache", "snapkv", "snapstream", "tova", "expected_attention", "scissorhands")
+BY_AGE = [m for m in METHODS if not m.startswith(RANKED)]
 
 HEADS = [(4, 4), (6, 2), (3, 1)]  # multi-head, grouped-query, multi-query
 

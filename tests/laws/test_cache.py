@@ -8,6 +8,7 @@ import pytest
 
 import kvcomp_jax as kvc
 from tests.laws.parts import (
+    BY_AGE,
     HEAD_DIM,
     HEADS,
     METHODS,
@@ -70,6 +71,10 @@ EXACT = [
     "h2o:budget=200",
     "h2o:budget=200,block_size=8",
     "streaming_llm:budget=200",
+    "snapkv:budget=200,window=8",
+    "snapstream:budget=200,recent=120",
+    "tova:budget=200",
+    "scissorhands:budget=200,history=20",
 ]
 
 
@@ -219,9 +224,6 @@ def same_slots(a, b):
     chex.assert_trees_all_close(decode(a, q, k, v)[0], decode(b, q, k, v)[0], atol=1e-5)
 
 
-BY_AGE = [m for m in METHODS if not m.startswith(("h2o", "zipcache"))]
-
-
 @pytest.mark.parametrize("text", [m for m in BY_AGE if "0.5" not in m])
 def test_prefill_then_decode_leaves_the_cache_of_a_longer_prefill(text):
     """Codes are the same whether tokens came in the prompt or one by one."""
@@ -247,6 +249,8 @@ BUDGETED = [
     ("h2o:budget=40", 40),
     ("h2o:budget=40,num_sinks=3", 40),
     ("h2o:budget=0.5", 35),
+    ("tova:budget=40,num_sinks=2", 40),
+    ("snapstream:budget=40", 40),
 ]
 
 

@@ -63,8 +63,11 @@ def test_fractions_need_the_prompt():
         kvc.parse("h2o:budget=0.5").plan(LAYOUT, max_len=512)
 
 
+RANKED = ["snapkv:budget=0.5", "snapkv:budget=0.5+int4", "snapstream:budget=0.5", "scissorhands:budget=150,drop=60"]
+
+
 @pytest.mark.parametrize(
-    "text", ["full", "int8", "kivi:bits=2", "h2o:budget=64", "streaming_llm:budget=0.5", "h2o:budget=0.5+int4"]
+    "text", ["full", "int8", "kivi:bits=2", "h2o:budget=64", "streaming_llm:budget=0.5", "h2o:budget=0.5+int4", *RANKED]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forecasts_equal_the_real_caches(text, dtype):
