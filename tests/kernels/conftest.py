@@ -8,7 +8,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    every = config.getoption("--every")
+    every = config.getoption("--every", default=1)
     if every < 2:
         return
     seen, kept, left_out = collections.Counter(), [], []
