@@ -124,7 +124,7 @@ def _fill_by_score(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tupl
         stat = None
         if tier.stat is not None:
             stat = jax.tree.map(lambda x, live=kept >= 0: jnp.where(expand(live, x), x, 0), rows.stat)
-        kept = None if tier.pos is None else kept
-        tiers.append(dataclasses.replace(tier, k=k, v=v, pos=kept, stat=stat, entered=count))
+        where = None if tier.pos is None else kept
+        tiers.append(dataclasses.replace(tier, k=k, v=v, pos=where, stat=stat, entered=count))
         first = first + here
     return tuple(tiers)

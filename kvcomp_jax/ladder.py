@@ -1,7 +1,7 @@
 """Tokens on the move: blocks enter a rung, what gives way goes to the next, and off the last one it is evicted."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -123,9 +123,10 @@ def empty_lowest(tier: Tier, policy: Policy, share: float) -> Tier:
         lowest = full & (rank < num[:, None, None]) & usable
         return jnp.where(jnp.repeat(lowest, tier.unit, -1), -1, pos)
 
-    units = tier.pos.reshape(*tier.pos.shape[:2], num_units, tier.unit)
+    pos = cast(jax.Array, tier.pos)  # ranked
+    units = pos.reshape(*pos.shape[:2], num_units, tier.unit)
     full = ((units >= 0).any(-1) | ~usable).all(-1, keepdims=True)
-    return dataclasses.replace(tier, pos=lax.cond(full.any(), empty, lambda pos: pos, tier.pos))
+    return dataclasses.replace(tier, pos=lax.cond(full.any(), empty, lambda pos: pos, pos))
 
 
 def take(rows: Any, index: jax.Array, num_units: int) -> Any:
@@ -184,7 +185,8 @@ def _unit_scores(policy: Policy, stat: Stat | None, pos: jax.Array, size: int) -
 
 def _transcode(block: Block, tier: Tier) -> Block:
     def recode(old: Codec, new: Codec, enc: Encoded) -> Encoded:
-        same = jax.tree.structure(old) == jax.tree.structure(new)  # then their parameters are, too: see `Codec.fit`
+        # Codecs of equal structure have equal parameters, too: see `Codec.fit`.
+        same = jax.tree.structure(old) == jax.tree.structure(new)  # type: ignore[operator]
         return enc if same else new.encode(old.decode(enc, block.pos), block.pos)
 
     k, v = recode(block.k_codec, tier.k_codec, block.k), recode(block.v_codec, tier.v_codec, block.v)

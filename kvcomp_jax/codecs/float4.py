@@ -1,6 +1,6 @@
 """Rows as floats of four bits in blocks that share a small float as scale."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,8 @@ class Float4(Codec):
     def decode(self, enc: Blocks, pos: jax.Array) -> jax.Array:
         """Return codes times block scale times scale, f32[*b, S, D]."""
         del pos
-        return self._values_of(enc) * (self.scale if enc.scale is None else enc.scale.astype(jnp.float32)[..., None])
+        scale = cast(float, self.scale) if enc.scale is None else enc.scale.astype(jnp.float32)[..., None]
+        return self._values_of(enc) * scale
 
     def dot(self, q: jax.Array, enc: Blocks, pos: jax.Array) -> jax.Array:
         """q . (codes * block scale), then scaled."""
@@ -129,7 +130,7 @@ class Float4(Codec):
         return (self._split(values) * self._block_scales(enc.block_scale)[..., None]).reshape(values.shape)
 
     def _scale_of(self, enc: Blocks) -> jax.Array | float | None:
-        return self.scale if enc.scale is None else enc.scale
+        return cast(Any, self.scale) if enc.scale is None else enc.scale
 
     def _split(self, x: jax.Array) -> jax.Array:
         """[*b, S, D] -> [*b, S, D // group_size, group_size]."""

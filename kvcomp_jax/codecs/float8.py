@@ -1,6 +1,6 @@
 """Rows as floats of one byte."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class Float8(Codec):
         """Return the floats times their scale, f32[*b, S, D]."""
         del pos
         values = from_minifloat(enc.codes, self.format)
-        return values * (self.scale if enc.scale is None else enc.scale.astype(jnp.float32)[..., None])
+        return values * (cast(float, self.scale) if enc.scale is None else enc.scale.astype(jnp.float32)[..., None])
 
     def dot(self, q: jax.Array, enc: Floats, pos: jax.Array) -> jax.Array:
         """q . floats, then scaled."""
@@ -78,7 +78,7 @@ class Float8(Codec):
         return scale_bits(self.scale, self.metadata_dtype, num_tokens)
 
     def _scale_of(self, enc: Floats) -> jax.Array | float | None:
-        return self.scale if enc.scale is None else enc.scale
+        return cast(Any, self.scale) if enc.scale is None else enc.scale
 
 
 def check_scale(scale: float | str) -> None:

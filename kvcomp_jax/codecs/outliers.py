@@ -17,7 +17,7 @@ class Sparse(NamedTuple):
 
     dense: Encoded
     values: jax.Array  # [*b, S, num_outliers], what the dense row lacks there
-    index: jax.Array  # u8 or u16[*b, S, num_outliers], channels, each at most once a row
+    channels: jax.Array  # u8 or u16[*b, S, num_outliers], channels, each at most once a row
 
 
 @pytree
@@ -27,6 +27,7 @@ class Outliers(Wrapper):
     The inner codec sees the outliers cut back to the extremes of the rest, so that its ranges do not know them; what
     it then lacks of them is stored: a value and a channel each. Selected by rank, so their number is exact also where
     values are equal. The sum is right up to the rounding of `value_dtype`, in which finite values saturate.
+    `dot` gathers q at the outliers' channels; `mix` adds them to a decoded block, see `_place`.
     Source: the sparse part of SqueezeLLM, Kim et al. 2023, arXiv:2306.07629; for caches KVQuant, Hooper et al. 2024,
     arXiv:2401.18079, section 3.4.
     """
@@ -51,24 +52,16 @@ class Outliers(Wrapper):
     def decode(self, enc: Sparse, pos: jax.Array) -> jax.Array:
         """Return the dense rows with the outliers added, f32[*b, S, D]."""
         x = self.inner.decode(enc.dense, pos).astype(jnp.float32)
-        return _put_along(x, enc.index, enc.values.astype(jnp.float32), "add")
+        return x + _place(jnp.zeros(()), enc.channels, enc.values.astype(jnp.float32), x.shape[-1])
 
     def dot(self, q: jax.Array, enc: Sparse, pos: jax.Array) -> jax.Array:
         """Return q . K^T of the dense part, and for each outlier its value times q's channel."""
         *b, num_rows, _ = q.shape
-        index = enc.index.astype(jnp.int32).reshape(*b, 1, -1)  # [*b, 1, S m]
+        index = enc.channels.astype(jnp.int32).reshape(*b, 1, -1)  # [*b, 1, S m]
         picked = jnp.take_along_axis(q.astype(jnp.float32), index, -1)  # [*b, R, S m]
-        picked = picked.reshape(*b, num_rows, *enc.index.shape[-2:])
+        picked = picked.reshape(*b, num_rows, *enc.channels.shape[-2:])
         sparse = jnp.einsum("...rsm,...sm->...rs", picked, enc.values.astype(jnp.float32))
         return self.inner.dot(q, enc.dense, pos) + sparse
-
-    def mix(self, p: jax.Array, enc: Sparse, pos: jax.Array) -> jax.Array:
-        """Return p . V of the dense part, and each outlier's value times its token's p in its channel."""
-        dense = self.inner.mix(p, enc.dense, pos)
-        weighed = p[..., None] * enc.values.astype(jnp.float32)[..., None, :, :]  # [*b, R, S, m]
-        index = jnp.broadcast_to(enc.index.astype(jnp.int32)[..., None, :, :], weighed.shape)
-        flat = (*weighed.shape[:-2], -1)
-        return _put_along(dense, index.reshape(flat), weighed.reshape(flat), "add")
 
     def nbits(self, num_tokens: int, head_dim: int) -> int:
         """The inner codec's, and a value and a channel an outlier."""
@@ -99,18 +92,17 @@ class Outliers(Wrapper):
         half = self.num_outliers // 2
         order = jnp.where(jnp.isnan(x), jnp.inf, x)
         high = lax.top_k(order, half)[1]
-        low = lax.top_k(-_put_along(order, high, jnp.full(high.shape, jnp.inf), "set"), half)[1]
+        low = lax.top_k(-_place(order, high, jnp.full(high.shape, jnp.inf), x.shape[-1]), half)[1]
         return jnp.concatenate([high, low], -1)
 
     def _cut(self, x: jax.Array, index: jax.Array) -> jax.Array:
         """Bring the outliers of x to the extremes of the rest."""
-        half = self.num_outliers // 2
-        kept = jnp.ones(x.shape, bool)
-        kept = _put_along(kept, index, jnp.zeros(index.shape, bool), "set")
-        top = jnp.where(kept, x, -jnp.inf).max(-1, keepdims=True)
-        bottom = jnp.where(kept, x, jnp.inf).min(-1, keepdims=True)
+        half, dim = self.num_outliers // 2, x.shape[-1]
+        chosen = _place(jnp.zeros(x.shape, bool), index, jnp.ones(index.shape, bool), dim)
+        top = jnp.where(chosen, -jnp.inf, x).max(-1, keepdims=True)
+        bottom = jnp.where(chosen, jnp.inf, x).min(-1, keepdims=True)
         ends = jnp.concatenate([jnp.repeat(top, half, -1), jnp.repeat(bottom, half, -1)], -1)
-        return _put_along(x, index, ends.astype(x.dtype), "set")
+        return _place(x, index, ends, dim)
 
     def _sparse_bits(self, num_tokens: int, head_dim: int) -> int:
         num_tokens = -(-num_tokens // self.unit) * self.unit
@@ -122,11 +114,14 @@ def _index_dtype(dim: int) -> jnp.dtype:
     return jnp.dtype(jnp.uint8 if dim <= 256 else jnp.uint16)
 
 
-def _put_along(x: jax.Array, index: jax.Array, values: jax.Array, how: str) -> jax.Array:
-    """Set or add values [*b, n] at channels index [*b, n] of x [*b, D]."""
-    flat = x.reshape(-1, x.shape[-1])
-    index = index.astype(jnp.int32).reshape(flat.shape[0], -1)
-    at = flat.at[jnp.arange(flat.shape[0])[:, None], index]
-    values = values.reshape(index.shape)
-    out = at.add(values) if how == "add" else at.set(values, unique_indices=True)
-    return out.reshape(x.shape)
+def _place(rest: jax.Array, index: jax.Array, values: jax.Array, dim: int) -> jax.Array:
+    """Put values [*b, m] at channels index [*b, m] of rows [*b, dim], `rest` elsewhere.
+
+    A selection an outlier and channel, fused with what makes the row: XLA on CPU scatters one value at a time, a
+    microsecond each, and TPUs hardly better.
+    """
+    channel = jnp.arange(dim).reshape(*(1,) * (index.ndim - 1), dim)
+    out = jnp.broadcast_to(rest, (*index.shape[:-1], dim))
+    for i in range(index.shape[-1]):
+        out = jnp.where(index[..., i : i + 1] == channel, values[..., i : i + 1], out)
+    return out

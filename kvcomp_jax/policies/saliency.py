@@ -1,11 +1,11 @@
 """Tokens that receive the most attention from each query that can see them."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
 
-from kvcomp_jax.policies.base import Policy, Prompt
+from kvcomp_jax.policies.base import Policy, Prompt, Stat
 from kvcomp_jax.policies.draw import hashed
 from kvcomp_jax.types import pytree, static
 
@@ -48,7 +48,8 @@ class Saliency(Policy):
 
     def num_probes(self, capacity: int) -> int:
         """The shares of `capacity`."""
-        return min(_at_least_one(capacity, self.recent) + _share(capacity, self.random), capacity)
+        wanted = _at_least_one(capacity, self.recent) + _share(capacity, self.random)
+        return min(cast(int, wanted), capacity)
 
     def choose_probes(self, at: jax.Array, capacity: int) -> jax.Array:
         """The latest, as many as a prompt of `capacity` tokens has recent probes, and the lowest hashes of the rest."""
@@ -56,7 +57,7 @@ class Saliency(Policy):
         kind = jnp.where(at < 0, 2, jnp.where(latest, 0, 1))
         return jnp.lexsort((hashed(at), kind))[:, : self.num_probes(capacity)]
 
-    def from_prompt(self, stat: jax.Array, prompt: Prompt) -> jax.Array:
+    def from_prompt(self, stat: Stat | None, prompt: Prompt) -> jax.Array:
         """Divide the mass from the row's probes."""
         del stat
         if prompt.probes is None:

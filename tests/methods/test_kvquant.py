@@ -115,7 +115,7 @@ def test_outliers_are_exactly_as_many_and_come_back(kind):
         "two values": jnp.where(normal(4, 1, HEADS, 64, HEAD_DIM) > 0, 2.0, -1.0),
     }[kind]
     enc = codec.encode(x, at(0))
-    index = np.asarray(enc.index)
+    index = np.asarray(enc.channels)
     assert all(len(set(row)) == 2 * half for row in index.reshape(-1, 2 * half))
     back = np.take_along_axis(np.asarray(codec.decode(enc, at(0))), index.astype(int), -1)
     np.testing.assert_allclose(back, np.take_along_axis(np.asarray(x), index.astype(int), -1), rtol=2e-3, atol=2e-3)
@@ -312,7 +312,7 @@ def test_a_calibration_of_another_model_is_refused():
         ("outliers=0.02,", "was made with outliers=0.01, not outliers=0.02"),
         ("across_heads=False,", "was made with across_heads=True, not across_heads=False"),
         ("outliers=0.7,", r"outliers=0.7 is a share of the values and must be in \[0, 0.5\)"),
-        ("bits=5,", "bits=5 must be one of 2, 3, 4"),
+        ("bits=5,", "bits=5 must be one of 1, 2, 3, 4"),
     ],
 )
 def test_a_calibration_of_other_options_is_refused(change, words):
