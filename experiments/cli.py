@@ -15,6 +15,7 @@ import jax
 import tyro
 
 C = TypeVar("C")
+GROUPS = {"all-quantising": ("quantise",), "all-selecting": ("select",), "all": ("none", "quantise", "select")}
 
 
 def run(config_class: type[C], main: Callable[[C], None], args: list[str] | None = None) -> int:
@@ -94,10 +95,9 @@ def split_methods(text: str) -> list[str]:
     """
     import kvcomp_jax as kvc
 
-    groups = {"all-quantising": ("quantise",), "all-selecting": ("select",), "all": ("none", "quantise", "select")}
     parts: list[str] = []
     for part in filter(None, (part.strip() for part in text.split(";"))):
-        found = [info for info in kvc.METHODS.values() if info.axis in groups.get(part, ())]
+        found = [info for info in kvc.METHODS.values() if info.axis in GROUPS.get(part, ())]
         parts += [f"{info.name}:{setting}" for info in found for setting in info.settings] or [part]
     methods = [str(kvc.parse(part)) for part in parts]
     if not methods:

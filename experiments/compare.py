@@ -19,11 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import kvcomp_jax as kvc
 import models
 from experiments import report
-from experiments.cli import environment, run, split_methods
+from experiments.cli import GROUPS, environment, run, split_methods
 from experiments.measure import Bench, saves
 from experiments.protocol import Score, cut_windows
 from experiments.results import Results
 from experiments.texts import load_text
+from kvcomp_jax.calibrate import NotCalibrated
 
 DEFAULT_METHODS = "full;int8;int4;kivi:bits=4;kivi:bits=2;streaming_llm:budget=512;h2o:budget=512"
 
@@ -63,6 +64,9 @@ def main(config: Config) -> None:
     console = Console()
     methods = list(dict.fromkeys(["full", *split_methods(config.methods)]))
     layout = models.load_layout(config.model)
+    methods, missing = calibrated(config, layout, methods)
+    for reason in missing:
+        console.print(f"left out: {reason}")
     check(config, layout, methods)
     text = load_text(config.text)
     with console.status(f"loading {config.model}"):
@@ -81,6 +85,24 @@ def main(config: Config) -> None:
     results.write()
     report.write(config.out)
     report.print_table(console, config.out)
+
+
+def calibrated(config: Config, layout: kvc.Layout, methods: list[str]) -> tuple[list[str], list[str]]:
+    """Of all methods of a kind, those that are calibrated where they must be, and why others are not among them.
+
+    Methods named one by one are all kept: `check` complains.
+    """
+    kept, missing = [], []
+    grouped = any(part.strip() in GROUPS for part in config.methods.split(";"))
+    for method in methods:
+        try:
+            if grouped:
+                kvc.parse(method).plan(layout, max_len=config.context + config.score, prompt_len=config.context)
+        except NotCalibrated as reason:
+            missing.append(str(reason))
+        else:
+            kept.append(method)
+    return kept, missing
 
 
 def check(config: Config, layout: kvc.Layout, methods: list[str]) -> None:

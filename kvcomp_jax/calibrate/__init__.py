@@ -2,12 +2,13 @@
 
 from kvcomp_jax.calibrate.layer import Activations, Calibrate
 from kvcomp_jax.calibrate.levels import nearest_levels, restore_moments, weighted_kmeans
-from kvcomp_jax.calibrate.store import About, file_name, find, load, save
+from kvcomp_jax.calibrate.store import About, NotCalibrated, file_name, find, load, save
 
 __all__ = [
     "About",
     "Activations",
     "Calibrate",
+    "NotCalibrated",
     "file_name",
     "find",
     "load",

@@ -18,6 +18,10 @@ from kvcomp_jax.plan import Layout
 FORMAT = "kvcomp_jax calibration 1"
 
 
+class NotCalibrated(ValueError):
+    """A method needs to be calibrated for the model first; says how."""
+
+
 @dataclasses.dataclass(frozen=True)
 class About:
     """Where a calibration comes from.
@@ -95,14 +99,15 @@ def find(name: str, method: str, options: Mapping[str, Any], layout: Layout) -> 
       layout: The model. Its fingerprint is compared where it is known.
 
     Raises:
-      ValueError: If there is none, or it is of another method, model or options, or damaged.
+      NotCalibrated: If there is none.
+      ValueError: If it is of another method, model or options, or damaged.
     """
     wanted = file_name(method, options) if name == "auto" else name
     beside = None if layout.calibrations is None else Path(layout.calibrations) / wanted
     file = beside if beside is not None and (name == "auto" or not Path(name).is_file()) else Path(wanted)
     if not file.is_file():
         text = ",".join(f"{key}={value}" for key, value in options.items())
-        raise ValueError(
+        raise NotCalibrated(
             f"no calibration at {file}; make one with: python -m experiments.calibrate --method {method}:{text} "
             "--model MODEL --text TEXT, or name it with calibration=PATH."
         )

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
-from kvcomp_jax.calibrate.layer import Calibrate
+from kvcomp_jax.calibrate import Calibrate, NotCalibrated
 from kvcomp_jax.plan import CachePlan, Layout, clip, localise
 from kvcomp_jax.spec import LayerSpec
 
@@ -142,6 +142,7 @@ class Method:
           prompt_len: Tokens of the longest prompt, for fractional budgets.
 
         Raises:
+          NotCalibrated: If it needs a calibration that is not there.
           ValueError: If an option's value is impossible, alone or for this model; the method is named.
         """
         if max_len < 1:
@@ -155,7 +156,8 @@ class Method:
             by_layer = zip(zip(*every, strict=True), windows, strict=True)
             specs = tuple(fit(parts, window) for parts, window in by_layer)
         except ValueError as error:
-            raise ValueError(f"{self}: {error}") from error
+            kind = NotCalibrated if isinstance(error, NotCalibrated) else ValueError
+            raise kind(f"{self}: {error}") from error
         return CachePlan(specs, layout, planner=self, max_len=max_len)
 
     def _fit(self, context: Context, parts: tuple[LayerSpec, ...], window: int | None) -> LayerSpec:

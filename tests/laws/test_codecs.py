@@ -29,7 +29,7 @@ def test_dot_and_mix_agree_with_decode(codec, seed, size):
     q, p = normal(seed + 1, 1, 2, queries, HEAD_DIM), normal(seed + 2, 1, 2, queries, units * 64)
     codec = ready(codec, x)
     (logits, mixed), wanted = contracted(codec, q, p, encode(codec, x, pos), pos)
-    chex.assert_trees_all_close(logits, wanted[0], atol=2e-5)
+    chex.assert_trees_all_close(logits, wanted[0], atol=5e-5)
     chex.assert_trees_all_close(mixed, wanted[1], atol=5e-5)
 
 
