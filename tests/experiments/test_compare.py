@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import signal
@@ -132,3 +133,16 @@ def test_a_killed_run_keeps_its_finished_rows(model_folder, text_file, tmp_path)
     after = json.loads(file.read_text())["rows"]
     assert len(after) == 5
     assert after[: len(before)] == before
+
+
+def test_lists_leave_out_what_is_not_calibrated_and_single_methods_complain(model_folder):
+    layout = models.load_layout(str(model_folder))
+    config = compare.Config(text=None, methods="all-quantising;int8", context=64, score=32)
+    kept, missing = compare.calibrated(config, layout, ["int8", "kvquant", "kivi:bits=4,residual=32"])
+    assert kept == ["int8", "kivi:bits=4,residual=32"]
+    assert len(missing) == 1
+    assert missing[0].startswith("kvquant: no calibration at")
+    named = dataclasses.replace(config, methods="int8;kvquant")
+    assert compare.calibrated(named, layout, ["int8", "kvquant"]) == (["int8", "kvquant"], [])
+    with pytest.raises(ValueError, match=r"kvquant: no calibration at .*experiments.calibrate --method kvquant"):
+        compare.check(named, layout, ["int8", "kvquant"])
