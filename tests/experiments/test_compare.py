@@ -138,8 +138,8 @@ def test_a_killed_run_keeps_its_finished_rows(model_folder, text_file, tmp_path)
 def test_lists_leave_out_what_is_not_calibrated_and_single_methods_complain(model_folder):
     layout = models.load_layout(str(model_folder))
     config = compare.Config(text=None, methods="all-quantising;int8", context=64, score=32)
-    kept, missing = compare.calibrated(config, layout, ["int8", "kvquant", "kivi:bits=4,residual=32"])
-    assert kept == ["int8", "kivi:bits=4,residual=32"]
+    kept, missing = compare.calibrated(config, layout, ["int8", "kvquant", "kivi:group_size=16,residual=16"])
+    assert kept == ["int8", "kivi:group_size=16,residual=16"]
     assert len(missing) == 1
     assert missing[0].startswith("kvquant: no calibration at")
     named = dataclasses.replace(config, methods="int8;kvquant")
