@@ -9,7 +9,7 @@ TEXT := data/kjv.jsonl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Compiling small programs is most of the fast tests' time, so they ask LLVM for its least and do without Numba's
-# kernels; slow tests run as users do.
+# kernels; slow tests run as users do, but for laws.
 QUICK := KVCOMP_WITHOUT=cpu XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
 
 .PHONY: demo test test-slow test-short lint aot test-kernels assets env clean
@@ -21,12 +21,14 @@ test: $(VENV)/.test
 	$(QUICK) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not real_model" $(ARGS)
 
 test-slow: $(VENV)/.test assets
-	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest -n 2 -m "slow or real_model" --ignore tests/kernels $(ARGS)
+	$(QUICK) $(BIN)/python -m pytest tests/laws -n 2 --dist loadgroup -m slow $(ARGS)
+	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest -n 2 -m "slow or real_model" --ignore tests/kernels --ignore tests/laws $(ARGS)
 
 # What a second interpreter is checked with.
 test-short: $(VENV)/.test
-	$(QUICK) $(BIN)/python -m pytest tests/laws/test_attention.py tests/kernels/test_quantized_decode.py \
-	  tests/methods tests/models/test_golden.py -n 2 -m "not slow and not real_model" $(ARGS)
+	$(QUICK) $(BIN)/python -m pytest tests/laws/test_attention.py tests/laws/test_codecs.py \
+	  tests/kernels/test_quantized_decode.py tests/methods/test_parse.py tests/methods/test_evicting.py \
+	  tests/models/test_golden.py -n 2 -m "not slow and not real_model" $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

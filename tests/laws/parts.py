@@ -104,16 +104,12 @@ METHODS = [
     "h2o:budget=64,block_size=4",
     "h2o:budget=90+int4",
     "streaming_llm:budget=100+kivi:bits=4",
-    "quarot",
     "quarot:k_bits=3,v_bits=2,seed=1,num_sinks=2",
-    "h2o:budget=90+quarot",
-    "turboquant:k_bits=3,v_bits=2,block_size=32",
     "turboquant:bits=2,sketch=true,block_size=32,num_sinks=2,window=5",
     "fp8:format=e5m2,scale=token,block_size=16",
     "nvfp4:block_size=16",
     "h2o:budget=90+mxfp4",
     KVQUANT_3,
-    KVQUANT_2,
     f"h2o:budget=140+{KVQUANT_2}",
     "zipcache:block_size=40",
     "decoquant:block_size=32",
@@ -127,6 +123,24 @@ METHODS = [
     "expected_attention:budget=0.5,num_sinks=2,num_queries=32",
     "scissorhands:budget=0.5,history=40,num_sinks=1",
 ]
+
+# One of each form of ladder, policy and contract of a codec; the others differ from one of these in their codecs alone,
+# and their laws are slow tests.
+FORMS = {
+    "full:block_size=16",
+    "int4:block_size=16,window=8,num_sinks=3",
+    "kivi:bits=2,residual=32",
+    "hack:group_size=32,num_sinks=2",
+    "streaming_llm:budget=40",
+    "streaming_llm:budget=0.5",
+    "h2o:budget=0.5,num_sinks=2",
+    "h2o:budget=64,block_size=4",
+    "h2o:budget=90+int4",
+    KVQUANT_3,
+    "zipcache:block_size=40",
+    "snapkv:budget=120,window=16+kivi:bits=4",
+    "scissorhands:budget=0.5,history=40,num_sinks=1",
+}
 
 PROBING = [  # policies that judge a prompt by some of its queries
     kvc.Saliency(),
