@@ -22,7 +22,7 @@ def test_each_switch_is_scored(model_folder, tmp_path, capsys, monkeypatch):
     assert perplexity > 1
     assert kl < 1e-4
     assert change < 1e-4
-    assert bits == 32
+    assert 32 <= bits < 32.2  # a short context and its counters
     assert rows["rotated W4 GPTQ", "full"][3] < megabytes
     assert rows["rotated", "quarot:rotate_v=false"][4] < 32
     assert rows["rotated A4", "full"][1] > kl
