@@ -13,13 +13,15 @@ from kvcomp_jax.cache import LayerCache, init
 from kvcomp_jax.plan import CachePlan
 from kvcomp_jax.prompt import PromptCache
 from kvcomp_jax.spec import LayerSpec
+from kvcomp_jax.tiers import Tier, tier_pos
 
 
 class Bytes(NamedTuple):
     """Bytes over all layers and rows.
 
-    allocated: Every array, full or empty. used: What live tokens occupy, and all counters. metadata: The part of
-    `used` that is neither codes nor exact values: scales, zero points, positions, statistics, counters.
+    allocated: Every array, full or empty. used: What live tokens occupy, less what they leave free of slots of fixed
+    size, and all counters. metadata: The part of `used` that is neither codes nor exact values: scales, zero points,
+    positions, statistics, counters.
     """
 
     allocated: int
@@ -48,7 +50,10 @@ def nbytes(caches: Any) -> Bytes:
 
 
 def forecast(plan: CachePlan, lengths: Sequence[int], dtype: Any) -> Bytes:
-    """Count the bytes that the caches of `plan` will hold after prompts of `lengths` tokens, without making them."""
+    """Count the bytes that the caches of `plan` will hold after prompts of `lengths` tokens, without making them.
+
+    Where sizes depend on data (see `Codec.spare_bits`), `used` is an upper bound: every slot is taken to be full.
+    """
     row_plans = plan.row_plans(lengths)
     used = metadata = allocated = 0
     layout = plan.layout
@@ -110,6 +115,7 @@ def _layer_bytes(cache: LayerCache, held: _Occupancy) -> tuple[int, int]:
                 payload += (total - extra) // 8
                 metadata += extra // 8
             metadata += heads * tokens * (4 * (tier.pos is not None) + _stat_bytes(tier.stat))
+        payload -= _spare_bits(cache, tier) // 8
     counters = [cache.length, cache.settled, cache.window_limit]
     counters += [x for tier in cache.tiers for x in (tier.entered, tier.limit)]
     counters += jax.tree.leaves([(tier.k_codec, tier.v_codec) for tier in cache.tiers])  # the codecs' parameters
@@ -120,6 +126,19 @@ def _layer_bytes(cache: LayerCache, held: _Occupancy) -> tuple[int, int]:
 def _stat_bytes(stat: Any) -> int:
     """Bytes of one token's statistic, arrays [B, K, S, ...]."""
     return sum(x.dtype.itemsize * math.prod(x.shape[3:]) for x in jax.tree.leaves(stat))
+
+
+def _spare_bits(cache: LayerCache, tier: Tier) -> int:
+    """Bits of live units' slots that their data leave free; unknown, and so 0, where arrays are mere shapes."""
+    if isinstance(cache.length, jax.ShapeDtypeStruct):
+        return 0
+    live, total = np.asarray(tier_pos(tier, cache.spec.policy.num_sinks)) >= 0, 0
+    for codec, enc in ((tier.k_codec, tier.k), (tier.v_codec, tier.v)):
+        spare = codec.spare_bits(enc)
+        if spare is not None:
+            taken = live.reshape(*live.shape[:2], spare.shape[-1], -1).any(-1)
+            total += int(np.where(taken, np.asarray(spare, np.int64), 0).sum())
+    return total
 
 
 def _occupancy(cache: LayerCache) -> _Occupancy:

@@ -8,7 +8,7 @@ from jax import lax
 
 from kvcomp_jax.cache import Exact, LayerCache, thin
 from kvcomp_jax.ladder import expand
-from kvcomp_jax.tiers import Tier, ring_index
+from kvcomp_jax.tiers import Tier, arranged, ring_index
 
 
 def fill(cache: LayerCache, prompt: Exact, length: jax.Array) -> LayerCache:
@@ -94,7 +94,8 @@ def _fill_by_age(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tuple[
         index = ring_index(entered, tier.limit, tier.capacity) + cache.spec.policy.num_sinks
         index = jnp.broadcast_to(index[:, None], (*prompt.k.shape[:2], tier.capacity))
         rows = gather(prompt, index)
-        k, v = tier.k_codec.encode(rows.k, index), tier.v_codec.encode(rows.v, index)
+        k, v, index = arranged(tier, rows.k, rows.v, index)
+        k, v = tier.k_codec.encode(k, index), tier.v_codec.encode(v, index)
         tiers.append(dataclasses.replace(tier, k=k, v=v, entered=jnp.where(tier.limit > 0, entered, 0)))
         entered = jnp.maximum(entered - tier.limit, 0)
     return tuple(tiers)
@@ -119,11 +120,11 @@ def _fill_by_score(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tupl
         index = jnp.take_along_axis(order, rank[:, None], 2, mode="clip")
         index = jnp.sort(jnp.where(live[:, None], index, num_slots), -1)
         rows = gather(prompt, index)
-        k, v = tier.k_codec.encode(rows.k, index), tier.v_codec.encode(rows.v, index)
+        k, v, (index, stat) = arranged(tier, rows.k, rows.v, (index, rows.stat))
+        k, v = tier.k_codec.encode(k, index), tier.v_codec.encode(v, index)
         kept = jnp.where(index < num_slots, index, -1)
-        stat = None
         if tier.stat is not None:
-            stat = jax.tree.map(lambda x, live=kept >= 0: jnp.where(expand(live, x), x, 0), rows.stat)
+            stat = jax.tree.map(lambda x, live=kept >= 0: jnp.where(expand(live, x), x, 0), stat)
         where = None if tier.pos is None else kept
         tiers.append(dataclasses.replace(tier, k=k, v=v, pos=where, stat=stat, entered=count))
         first = first + here

@@ -9,7 +9,7 @@ from jax import lax
 
 from kvcomp_jax.codecs import Codec, Encoded
 from kvcomp_jax.policies import Policy, Stat
-from kvcomp_jax.tiers import Tier
+from kvcomp_jax.tiers import Tier, arranged
 from kvcomp_jax.types import pytree
 
 
@@ -184,10 +184,12 @@ def _unit_scores(policy: Policy, stat: Stat | None, pos: jax.Array, size: int) -
 
 
 def _transcode(block: Block, tier: Tier) -> Block:
-    def recode(old: Codec, new: Codec, enc: Encoded) -> Encoded:
-        # Codecs of equal structure have equal parameters, too: see `Codec.fit`.
-        same = jax.tree.structure(old) == jax.tree.structure(new)  # type: ignore[operator]
-        return enc if same else new.encode(old.decode(enc, block.pos), block.pos)
-
-    k, v = recode(block.k_codec, tier.k_codec, block.k), recode(block.v_codec, tier.v_codec, block.v)
-    return dataclasses.replace(block, k=k, v=v, k_codec=tier.k_codec, v_codec=tier.v_codec)
+    old, new = (block.k_codec, block.v_codec), (tier.k_codec, tier.v_codec)
+    # Codecs of equal structure have equal parameters, too: see `Codec.fit`.
+    same = [jax.tree.structure(a) == jax.tree.structure(b) for a, b in zip(old, new, strict=True)]  # type: ignore[operator]
+    pos, stat = block.pos, block.stat
+    rows = [x if kept else c.decode(x, pos) for x, c, kept in zip((block.k, block.v), old, same, strict=True)]
+    if not any(same):
+        *rows, (pos, stat) = arranged(tier, *rows, (pos, stat))
+    k, v = (x if kept else c.encode(x, pos) for x, c, kept in zip(rows, new, same, strict=True))
+    return Block(k_codec=tier.k_codec, v_codec=tier.v_codec, k=k, v=v, pos=pos, stat=stat)

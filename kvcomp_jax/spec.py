@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcomp_jax.codecs import Codec, Identity
+from kvcomp_jax.orders import Order
 from kvcomp_jax.policies import Policy, Recency
 from kvcomp_jax.rotary import Rotary
 
@@ -18,6 +19,7 @@ class Rung:
 
     `share` is the part of the tokens reaching this rung that stays on it, those with the highest scores. 1: all of
     them, and what they displace goes to the next rung. A ranked prompt leaves `reserve` slots free for later tokens.
+    `order` rearranges the tokens of each unit where both K and V are encoded anew.
     """
 
     k: Codec
@@ -25,6 +27,7 @@ class Rung:
     capacity: int
     share: float = 1.0
     reserve: int = 0
+    order: Order | None = None
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -33,6 +36,8 @@ class Rung:
             raise ValueError(f"share={self.share} of a rung must be in (0, 1].")
         if not 0 <= self.reserve < self.capacity:
             raise ValueError(f"reserve={self.reserve} of a rung must be in [0, capacity={self.capacity}).")
+        if self.order is not None:
+            self.order.check(self.k, self.v)
 
     @property
     def unit(self) -> int:
@@ -95,6 +100,8 @@ class LayerSpec:
         if self.divided:
             self._check_shares()
         for rung, unit in zip(self.rungs, self.steps, strict=True):
+            if rung.order is not None and self.policy.fifo and rung is not self.rungs[-1]:
+                raise ValueError("a rung with an order must be the last one where positions follow from age.")
             if rung.capacity % unit:
                 raise ValueError(f"capacity={rung.capacity} of a rung must be a multiple of {unit} tokens.")
 

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcomp_jax.attention import AttnState, from_logits, merge, unit
-from kvcomp_jax.codecs import Affine, Codec, Encoded, Homomorphic, Identity
+from kvcomp_jax.codecs import Affine, Codec, Encoded, Entropy, Homomorphic, Identity, Packs
+from kvcomp_jax.orders import Order, permute
 from kvcomp_jax.policies import Stat
 from kvcomp_jax.spec import LayerSpec, Rung
 from kvcomp_jax.types import pytree, static
+from pallas_kernels.entropy_decode import entropy_decode
 from pallas_kernels.homomorphic_decode import homomorphic_decode
 from pallas_kernels.prefill.reference import capped
 from pallas_kernels.quantized_decode import quantized_decode
@@ -49,6 +51,7 @@ class Tier:
     capacity: int = static()
     unit: int = static()
     keeps: int | None = static(default=None)  # tokens of each block that stay for good; None: all, until displaced
+    order: Order | None = static(default=None)
 
 
 def init_tier(
@@ -79,7 +82,18 @@ def init_tier(
         capacity=rung.capacity,
         unit=rung.unit,
         keeps=keeps,
+        # Where positions follow from age, they are those of a unit's tokens only in the order of time. Without a
+        # sliding window nobody looks: all that has settled is visible.
+        order=None if spec.policy.fifo and spec.sliding_window is not None else rung.order,
     )
+
+
+def arranged(tier: Tier, k: jax.Array, v: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array, Any]:
+    """Put exact tokens k, v [B, K, S, D] and what goes with them, arrays [B, K, S], into the order of a tier."""
+    if tier.order is None:
+        return k, v, rest
+    order = tier.order.arrange(tier.k_codec, tier.v_codec, k, v)
+    return permute(k, order), permute(v, order), jax.tree.map(lambda x: permute(x, order), rest)
 
 
 def ring_index(written: jax.Array, size: jax.Array | int, num_slots: int) -> jax.Array:
@@ -202,9 +216,31 @@ def _attend_fused(
     return AttnState(acc=acc, max=top, sum=total)
 
 
+def _attend_entropy(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
+    k, k_lengths, k_format = cast(Entropy | Packs, tier.k_codec).operands(tier.k)
+    v, v_lengths, v_format = cast(Entropy | Packs, tier.v_codec).operands(tier.v)
+    by_age = tier.pos is None and queries.sliding_window is None
+    acc, top, total = entropy_decode(
+        queries.q,
+        k,
+        v,
+        k_lengths,
+        v_lengths,
+        _filled(tier),
+        None if by_age else tier_pos(tier, num_sinks),
+        None if by_age else queries.pos,
+        k_format=k_format,
+        v_format=v_format,
+        soft_cap=queries.soft_cap,
+        sliding_window=queries.sliding_window,
+    )
+    return AttnState(acc=acc, max=top, sum=total)
+
+
 _FUSED = {
     (Affine, Affine): _attend_quantized,
     ((Homomorphic, "token"), (Homomorphic, "channel")): _attend_homomorphic,
+    **{(k, v): _attend_entropy for k in (Entropy, Packs) for v in (Entropy, Packs)},
 }
 
 

@@ -6,18 +6,19 @@ import jax
 import jax.numpy as jnp
 
 from kvcomp_jax.codecs import dither
-from kvcomp_jax.codecs.base import Codec
+from kvcomp_jax.codecs.integer import IntegerCodec
 from kvcomp_jax.types import pytree, static
 from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.packing import BITS, pack_unit
 from pallas_kernels.quantize_pack import dequantize, quantize_pack
+from pallas_kernels.quantize_pack.reference import round_to
 
 AXES = ("token", "channel")
 ROUNDINGS = ("nearest", "stochastic")
 
 
 @pytree
-class Affine(Codec):
+class Affine(IntegerCodec):
     """Round to one of 2**bits evenly spaced levels between a group's minimum and maximum, by default the nearest.
 
     axis="token" groups `group_size` channels of one token (None: the whole head), axis="channel" groups `group_size`
@@ -81,6 +82,38 @@ class Affine(Codec):
         """Return codes * scale + zero_point, f32[*b, S, D]."""
         del pos
         return dequantize(enc, self.format(enc.codes.shape[-1]))
+
+    @property
+    def num_levels(self) -> int:
+        """2**bits, one less when symmetric."""
+        return self.format(1).num_levels
+
+    @property
+    def region(self) -> int:
+        """Tokens that share a scale."""
+        return (self.group_size or 1) if self.axis == "channel" else 1
+
+    def stretch_for(self, num_levels: int) -> float:
+        """The stretch at which a range has `num_levels` levels."""
+        if num_levels >= self.num_levels:
+            return 1.0
+        if self.symmetric:
+            raise ValueError("symmetric codes are centred and cannot be coarsened; use symmetric=False.")
+        return (self.num_levels - 1) / (num_levels - 1)
+
+    def quantise(self, x: jax.Array, stretch: jax.Array | float = 1.0) -> tuple[jax.Array, tuple]:
+        """Codes u8[*b, S, D], and (scale, zero_point) as stored."""
+        if self.rounding != "nearest":
+            raise ValueError(f"rounding={self.rounding!r} cannot be coded further; use rounding='nearest'.")
+        codes, scale, zero_point = round_to(x, self.format(x.shape[-1]), stretch)
+        return codes, (scale, zero_point)
+
+    def grid(self, metadata: tuple) -> tuple[jax.Array, jax.Array]:
+        """Scale and zero point, f32[*b, rows, cols]."""
+        scale, zero_point = metadata
+        if zero_point is None:
+            return scale.astype(jnp.float32), -scale.astype(jnp.float32) * (self.num_levels // 2)
+        return scale.astype(jnp.float32), zero_point.astype(jnp.float32)
 
     def nbits(self, num_tokens: int, head_dim: int) -> int:
         """Bits of the codes and the metadata; `num_tokens` counts in whole units."""

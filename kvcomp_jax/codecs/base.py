@@ -58,6 +58,14 @@ class Codec(abc.ABC):
             num_kv_heads * self.metadata_bits(num_tokens, head_dim),
         )
 
+    def spare_bits(self, enc: Encoded) -> jax.Array | None:
+        """Bits that a slot of fixed size holds beyond what its data take, i32[*b, units]; None where all is taken.
+
+        They count as allocated, not as used. `nbits` includes them.
+        """
+        del enc
+        return None
+
     def dot(self, q: jax.Array, enc: Encoded, pos: jax.Array) -> jax.Array:
         """Return q . K^T, f32[*b, R, S], for q [*b, R, D]."""
         k = self.decode(enc, pos)

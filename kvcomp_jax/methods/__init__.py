@@ -8,8 +8,10 @@ from kvcomp_jax.methods.h2o import h2o
 from kvcomp_jax.methods.hack import hack
 from kvcomp_jax.methods.int8_int4 import int4, int8
 from kvcomp_jax.methods.kivi import kivi
+from kvcomp_jax.methods.kvcomp import kvcomp
 from kvcomp_jax.methods.kvquant import kvquant
 from kvcomp_jax.methods.nvfp4 import mxfp4, nvfp4
+from kvcomp_jax.methods.packkv import packkv
 from kvcomp_jax.methods.pyramid_kv import pyramid_kv
 from kvcomp_jax.methods.quarot import quarot
 from kvcomp_jax.methods.registry import METHODS, Context, Method, MethodInfo, method, parse
@@ -35,10 +37,12 @@ __all__ = [
     "int4",
     "int8",
     "kivi",
+    "kvcomp",
     "kvquant",
     "method",
     "mxfp4",
     "nvfp4",
+    "packkv",
     "parse",
     "pyramid_kv",
     "quarot",

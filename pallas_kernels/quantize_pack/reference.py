@@ -15,7 +15,8 @@ from pallas_kernels.packing import pack, unpack
 
 def quantize_pack(x: jax.Array, fmt: Format) -> Quantized:
     """Fit each group, round to codes with the stored metadata, pack."""
-    return _quantize(x, fmt, jnp.round)
+    codes, scale, zero_point = round_to(x, fmt)
+    return Quantized(pack(codes, fmt.bits), scale, zero_point)
 
 
 def quantize_pack_dithered(x: jax.Array, fmt: Format, dither: jax.Array) -> Quantized:
@@ -25,18 +26,25 @@ def quantize_pack_dithered(x: jax.Array, fmt: Format, dither: jax.Array) -> Quan
         whole = jnp.floor(codes)
         return whole + (codes - whole > fmt.split(dither))
 
-    return _quantize(x, fmt, rounded)
+    codes, scale, zero_point = round_to(x, fmt, rounded=rounded)
+    return Quantized(pack(codes, fmt.bits), scale, zero_point)
 
 
-def _quantize(x: jax.Array, fmt: Format, rounded: Callable[[jax.Array], jax.Array]) -> Quantized:
+def round_to(
+    x: jax.Array,
+    fmt: Format,
+    stretch: jax.Array | float = 1.0,
+    rounded: Callable[[jax.Array], jax.Array] = jnp.round,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Codes u8[*b, S, D], scale and zero point of `quantize_pack`, with scales `stretch` times as wide."""
     groups = fmt.split(x.astype(jnp.float32))
-    scale, zero_point = _fit(groups, fmt)
+    scale, zero_point = _fit(groups, fmt, stretch)
     inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
     codes = jnp.clip((groups - zero_point) * inverse, 0, fmt.num_levels - 1)
     codes = rounded(codes).astype(jnp.uint8).reshape(x.shape)
     axis, dtype = fmt.group_axis, fmt.metadata_dtype
     kept = None if fmt.symmetric else zero_point.squeeze(axis).astype(dtype)
-    return Quantized(pack(codes, fmt.bits), scale.squeeze(axis).astype(dtype), kept)
+    return codes, scale.squeeze(axis).astype(dtype), kept
 
 
 def dequantize(enc: Quantized, fmt: Format) -> jax.Array:
@@ -50,15 +58,15 @@ def dequantize(enc: Quantized, fmt: Format) -> jax.Array:
     return (fmt.split(codes).astype(jnp.float32) * scale + zero_point).reshape(codes.shape)
 
 
-def _fit(groups: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
+def _fit(groups: jax.Array, fmt: Format, stretch: jax.Array | float) -> tuple[jax.Array, jax.Array]:
     """Scale and zero point of each group, rounded to the stored dtype, in float32."""
     axis = fmt.group_axis
     if fmt.symmetric:
         half = fmt.num_levels // 2
-        scale = _stored(jnp.abs(groups).max(axis, keepdims=True) * (fmt.clip / half), fmt)
+        scale = _stored(jnp.abs(groups).max(axis, keepdims=True) * (fmt.clip / half) * stretch, fmt)
         return scale, -scale * half
     low, high = groups.min(axis, keepdims=True), groups.max(axis, keepdims=True)
-    return _stored((high - low) * (fmt.clip / (fmt.num_levels - 1)), fmt), _stored(low * fmt.clip, fmt)
+    return _stored((high - low) * (fmt.clip / (fmt.num_levels - 1)) * stretch, fmt), _stored(low * fmt.clip, fmt)
 
 
 def _stored(x: jax.Array, fmt: Format) -> jax.Array:

@@ -10,13 +10,16 @@ import kvcomp_jax as kvc
 from kvcomp_jax.codecs import (
     AcrossHeads,
     Affine,
+    Bounded,
     ChannelScaled,
     Codebook,
+    Entropy,
     Float4,
     Float8,
     Homomorphic,
     Identity,
     Outliers,
+    Packs,
     PerChannel,
     PreRope,
     Rotated,
@@ -84,6 +87,17 @@ CODECS = [
     TensorTrain(large=Affine(bits=4, axis="token", symmetric=True), block_size=64),
     TensorTrain(large=Affine(bits=3, axis="token"), block_size=32, rank=8, basis="run", dtype="float32"),
     TensorTrain(large=Identity(), block_size=16),
+    Bounded(rel_scale=0.05, axis="block", group_size=64),
+    Bounded(rel_scale=0.1, axis="token"),
+    Bounded(rel_scale=0.25, axis="channel", group_size=32, metadata_dtype="float32"),
+    Entropy(inner=Bounded(rel_scale=0.05, axis="block", group_size=64, zero_dtype="int8")),
+    Entropy(inner=Bounded(rel_scale=0.1, axis="token"), budget=2.6, along="channel"),
+    Entropy(inner=Bounded(rel_scale=0.25, axis="channel", group_size=32), block=32),
+    Entropy(inner=Affine(bits=4, axis="token", group_size=32), budget=3.0),
+    Entropy(inner=Affine(bits=8, axis="channel", group_size=32)),
+    Packs(inner=Bounded(rel_scale=0.1, axis="token")),
+    Packs(inner=Bounded(rel_scale=0.05, axis="token"), budget=2.5, block=32, pack=8),
+    Packs(inner=Affine(bits=4, axis="channel", group_size=64), budget=3.0),
 ]
 
 CALIBRATIONS = Path(__file__).parents[1] / "golden" / "methods"
@@ -97,6 +111,8 @@ METHODS = [
     "kivi:bits=2,residual=32",
     "kivi:k_bits=4,v_bits=3,residual=64",
     "hack:group_size=32,num_sinks=2",
+    "kvcomp:block_size=32,k_recent=32,v_recent=128",
+    "packkv:block_size=32,recent=48,pack=8",
     "streaming_llm:budget=40",
     "streaming_llm:budget=0.5",
     "h2o:budget=40",
@@ -150,6 +166,8 @@ PROBING = [  # policies that judge a prompt by some of its queries
 
 RANKED = ("h2o", "zipcache", "snapkv", "snapstream", "tova", "expected_attention", "scissorhands")
 BY_AGE = [m for m in METHODS if not m.startswith(RANKED)]
+# Their codes depend on what the prompt was: a longer one leads to other tables.
+FITTED = [m for m in METHODS if m.startswith("kvcomp")]
 
 HEADS = [(4, 4), (6, 2), (3, 1)]  # multi-head, grouped-query, multi-query
 

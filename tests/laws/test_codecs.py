@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcomp_jax.codecs import Affine, Identity, Rotated
+from kvcomp_jax.codecs.budgeted import Budgeted
 from pallas_kernels.packing import BITS, pack, pack_unit, unpack
 from tests.laws.parts import CODECS, HEAD_DIM, contracted, decoded, encode, normal, ready
 
@@ -73,7 +74,7 @@ def code_bytes(enc):
     if not isinstance(enc, tuple):
         return enc.nbytes
     parts = enc._asdict()
-    codes = parts["codes"].nbytes if "codes" in parts else 0
+    codes = sum(parts[name].nbytes for name in ("codes", "words", "planes") if name in parts)
     return codes + sum(code_bytes(parts[name]) for name in ("inner", "dense", "rows", "large") if name in parts)
 
 
@@ -89,6 +90,27 @@ def test_nbits_is_what_is_stored(codec):
     assert stored - 8 * code_bytes(enc) == metadata
     if not codec.joins_heads:
         assert (total, metadata) == (2 * codec.nbits(192, HEAD_DIM), 2 * codec.metadata_bits(192, HEAD_DIM))
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS if isinstance(c, Budgeted)], ids=repr)
+def test_what_slots_have_to_spare_is_empty_and_all_of_it(codec):
+    """Zeroing the spare end of each slot changes nothing; one byte or plane more of a full stream would."""
+    x, pos = draw(1, 192)
+    codec = ready(codec, x)
+    enc = encode(codec, x, pos)
+    spare = np.asarray(codec.spare_bits(enc))
+    assert spare.min() >= 0
+    assert codec.nbits(192, HEAD_DIM) * 2 - spare.sum() < sum(leaf.nbytes for leaf in jax.tree.leaves(enc)) * 8
+    name = "words" if hasattr(enc, "words") else "planes"
+    slots = np.array(getattr(enc, name))
+    size = slots.dtype.itemsize * 8
+    in_order = slots[..., None].astype(f">u{size // 8}").view(np.uint8)
+    bits = np.unpackbits(in_order, axis=-1).reshape(*spare.shape, -1)
+    assert bits.shape[-1] == codec.slot_bits(HEAD_DIM)
+    for unit in np.ndindex(spare.shape):
+        used = bits.shape[-1] - spare[unit]
+        assert not bits[unit][used:].any()
+        assert bits[unit][used - 64 : used].any()
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)

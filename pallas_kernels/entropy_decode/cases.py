@@ -1,0 +1,121 @@
+"""The cases that every backend is checked with."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.case_data import draw_positions
+from pallas_kernels.entropy_decode import planes, streams
+from pallas_kernels.entropy_decode.canonical import code_lengths
+from pallas_kernels.entropy_decode.formats import PlaneFormat, Planes, StreamFormat, Streams
+from pallas_kernels.entropy_decode.rows import RowFormat
+
+_write_planes = jax.jit(planes.write, static_argnums=(1, 2))  # op by op, each operation would compile alone
+_write_streams = jax.jit(streams.write, static_argnums=(3, 4))
+_code_lengths = jax.jit(code_lengths, static_argnums=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """How keys or values are stored."""
+
+    storage: str  # streams along "token" or "channel", or "planes"
+    scales: str = "token"  # a scale a "token", "channel" and block, "block", or two a token: "groups"
+    num_levels: int = 22
+    block: int = 64
+    spread: float = 3.0  # standard deviation of codes
+
+    def format(self, head_dim: int) -> RowFormat:
+        """The format of rows of `head_dim`."""
+        bits = (self.num_levels - 1).bit_length()
+        if self.storage == "planes":
+            return PlaneFormat(self.block, head_dim, 16, bits)
+        return StreamFormat(self.block, head_dim, self.storage, max(8, bits + 2), bits)  # type: ignore[arg-type]
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, int, int, int]) -> tuple:
+        """Rows of `shape` [B, K, S, D], and the tables of streams."""
+        heads, slots, head_dim = shape[:2], shape[2], shape[3]
+        fmt = self.format(head_dim)
+        codes = rng.normal(self.num_levels / 2, self.spread, shape).round().clip(0, self.num_levels - 1)
+        codes = jnp.asarray(codes, jnp.uint8)
+        rows, cols = {
+            "token": (slots, 1),
+            "groups": (slots, 2),
+            "channel": (slots // self.block, head_dim),
+            "block": (slots // self.block, 1),
+        }[self.scales]
+        scale = jnp.asarray(rng.uniform(0.1, 0.3, (*heads, rows, cols)), jnp.float32)
+        zero_point = -scale * (self.num_levels / 2) + jnp.asarray(rng.normal(size=scale.shape), jnp.float32)
+        if isinstance(fmt, PlaneFormat):
+            room = fmt.num_packs * fmt.code_bits
+            return Planes(*_write_planes(codes, room, fmt), scale, zero_point), None
+        weights = rng.integers(1, 1000, (32, self.num_levels))  # one shape for all cases: one compilation
+        tables = _code_lengths(jnp.asarray(weights, jnp.int32), fmt.max_bits)
+        lengths = streams.with_plain(tables[: 2 * heads[0] * heads[1]].reshape(*heads, 2, -1), fmt)
+        choice = jnp.asarray(rng.integers(0, 3, (*heads, slots // self.block)), jnp.uint8)
+        room = -(-fmt.num_streams * fmt.stream * fmt.max_bits // 32) + fmt.num_streams
+        written = _write_streams(codes, lengths, choice, room, fmt)
+        return Streams(*written, choice, scale, zero_point), lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call; `arguments` draws it."""
+
+    k: Side = Side("token", "block")
+    v: Side = Side("channel", "token", num_levels=12, spread=2.0)
+    head_dim: int = 64
+    num_kv_heads: int = 3
+    rows: int = 3  # query heads of a KV head times query tokens
+    num_slots: int = 256
+    length: tuple[int, ...] = (256, 100)
+    soft_cap: float | None = None
+    sliding_window: int | None = None
+    positions: str | None = None  # None, "shared" by the heads or "per head"
+    dtype: str = "float32"  # of q
+
+    def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
+        """Positional and keyword arguments of `entropy_decode`."""
+        rng = np.random.default_rng(seed)
+        shape = (len(self.length), self.num_kv_heads, self.num_slots, self.head_dim)
+        q = rng.standard_normal((*shape[:2], self.rows, self.head_dim)) * self.head_dim**-0.5
+        k, k_lengths = self.k.draw(rng, shape)
+        v, v_lengths = self.v.draw(rng, shape)
+        pos, q_pos = draw_positions(rng, self.positions, shape[:3], self.rows)
+        length = jnp.asarray(self.length, jnp.int32)
+        options = {
+            "k_format": self.k.format(self.head_dim),
+            "v_format": self.v.format(self.head_dim),
+            "soft_cap": self.soft_cap,
+            "sliding_window": self.sliding_window,
+        }
+        return (jnp.asarray(q, self.dtype), k, v, k_lengths, v_lengths, length, pos, q_pos), options
+
+
+PACKED = Side("planes", "token", num_levels=12, spread=2.0)
+
+CASES = {
+    "streams": Case(),
+    "planes": Case(PACKED, PACKED),
+    "planes-streams": Case(PACKED, Side("channel")),
+    **{
+        f"{along}-{scales}": Case(Side(along, scales), Side(along, scales))
+        for along in ("token", "channel")
+        for scales in ("token", "channel", "block", "groups")
+    },
+    **{f"head_dim-{d}": Case(head_dim=d, num_kv_heads=1) for d in (65, 80, 96, 128, 256)},
+    "planes-head_dim-80": Case(PACKED, PACKED, head_dim=80),
+    **{f"rows-{r}": Case(rows=r, num_kv_heads=1) for r in (1, 7, 16, 40)},
+    "blocks-of-two-sizes": Case(Side("token", "block"), Side("channel", "token", block=128)),
+    "lengths": Case(num_kv_heads=1, num_slots=1024, length=(0, 1, 64, 511, 512, 513, 1024)),
+    "odd-slots": Case(num_kv_heads=1, num_slots=64 * 11, length=(700, 7)),
+    "byte-codes": Case(Side("token", num_levels=256, spread=40.0), Side("channel", num_levels=200, spread=9.0)),
+    "two-levels": Case(Side("token", num_levels=2), Side("channel", num_levels=3)),
+    "bfloat16-query": Case(dtype="bfloat16"),
+    "soft-cap": Case(soft_cap=20.0),
+    "positions": Case(positions="shared"),
+    "positions-per-head": Case(PACKED, PACKED, positions="per head"),
+    "sliding-window": Case(positions="shared", sliding_window=50),
+}
