@@ -186,10 +186,11 @@ def _unit_scores(policy: Policy, stat: Stat | None, pos: jax.Array, size: int) -
 def _transcode(block: Block, tier: Tier) -> Block:
     old, new = (block.k_codec, block.v_codec), (tier.k_codec, tier.v_codec)
     # Codecs of equal structure have equal parameters, too: see `Codec.fit`.
-    same = [jax.tree.structure(a) == jax.tree.structure(b) for a, b in zip(old, new, strict=True)]  # type: ignore[operator]
+    structures = [[jax.tree.structure(codec) for codec in pair] for pair in (old, new)]
+    same = [a == b for a, b in zip(*structures, strict=True)]  # type: ignore[operator]
     pos, stat = block.pos, block.stat
     rows = [x if kept else c.decode(x, pos) for x, c, kept in zip((block.k, block.v), old, same, strict=True)]
     if not any(same):
-        *rows, (pos, stat) = arranged(tier, *rows, (pos, stat))
+        rows[0], rows[1], (pos, stat) = arranged(tier, rows[0], rows[1], (pos, stat))
     k, v = (x if kept else c.encode(x, pos) for x, c, kept in zip(rows, new, same, strict=True))
     return Block(k_codec=tier.k_codec, v_codec=tier.v_codec, k=k, v=v, pos=pos, stat=stat)

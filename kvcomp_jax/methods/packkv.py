@@ -34,5 +34,6 @@ def packkv(
         for rel_scale, budget in ((k_rel_scale, k_budget), (v_rel_scale, v_budget))
     )
     order = None if repack == "none" else Alike(repack)  # type: ignore[arg-type]
-    rung = Rung(*codecs, blocks(context.max_len - window, block_size), order)
+    k, v = codecs
+    rung = Rung(k, v, blocks(context.max_len - window, block_size), order=order)
     return LayerSpec(rungs=(rung,), policy=Recency(num_sinks=num_sinks), window=window, block_size=block_size)

@@ -38,8 +38,8 @@ class Side:
         """Rows of `shape` [B, K, S, D], and the tables of streams."""
         heads, slots, head_dim = shape[:2], shape[2], shape[3]
         fmt = self.format(head_dim)
-        codes = rng.normal(self.num_levels / 2, self.spread, shape).round().clip(0, self.num_levels - 1)
-        codes = jnp.asarray(codes, jnp.uint8)
+        drawn = rng.normal(self.num_levels / 2, self.spread, shape).round().clip(0, self.num_levels - 1)
+        codes = jnp.asarray(drawn, jnp.uint8)
         rows, cols = {
             "token": (slots, 1),
             "groups": (slots, 2),
@@ -50,14 +50,14 @@ class Side:
         zero_point = -scale * (self.num_levels / 2) + jnp.asarray(rng.normal(size=scale.shape), jnp.float32)
         if isinstance(fmt, PlaneFormat):
             room = fmt.num_packs * fmt.code_bits
-            return Planes(*_write_planes(codes, room, fmt), scale, zero_point), None
+            return Planes(*_write_planes(codes, room, fmt), scale, zero_point), None  # type: ignore[call-arg]
         weights = rng.integers(1, 1000, (32, self.num_levels))  # one shape for all cases: one compilation
         tables = _code_lengths(jnp.asarray(weights, jnp.int32), fmt.max_bits)
         lengths = streams.with_plain(tables[: 2 * heads[0] * heads[1]].reshape(*heads, 2, -1), fmt)
         choice = jnp.asarray(rng.integers(0, 3, (*heads, slots // self.block)), jnp.uint8)
         room = -(-fmt.num_streams * fmt.stream * fmt.max_bits // 32) + fmt.num_streams
         written = _write_streams(codes, lengths, choice, room, fmt)
-        return Streams(*written, choice, scale, zero_point), lengths
+        return Streams(*written, choice, scale, zero_point), lengths  # type: ignore[call-arg]
 
 
 @dataclasses.dataclass(frozen=True)

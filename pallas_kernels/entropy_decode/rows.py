@@ -1,5 +1,7 @@
 """Rows of either storage: their codes, and the two products of attention by whole units."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 
@@ -43,6 +45,7 @@ def dot(q: jax.Array, x: Rows, lengths: jax.Array | None, fmt: RowFormat) -> jax
     """q . X^T, f32[*b, R, S], for q f32[*b, R, D]."""
     if not _fuses(q, x, fmt):
         return jnp.einsum("...rd,...sd->...rs", q, decoded(x, lengths, fmt), preferred_element_type=jnp.float32)
+    x, fmt = cast(Streams, x), cast(StreamFormat, fmt)
     scale, zero_point = _oriented(x, fmt)  # [*b, 1, units, lines or 1, line or 1]
     units = x.choice.shape[-1]
     if fmt.along == "token":
@@ -63,6 +66,7 @@ def mix(p: jax.Array, x: Rows, lengths: jax.Array | None, fmt: RowFormat) -> jax
     """p . X, f32[*b, R, D], for p f32[*b, R, S]."""
     if not _fuses(p, x, fmt):
         return jnp.einsum("...rs,...sd->...rd", p, decoded(x, lengths, fmt), preferred_element_type=jnp.float32)
+    x, fmt = cast(Streams, x), cast(StreamFormat, fmt)
     scale, zero_point = _oriented(x, fmt)
     p = p.reshape(*p.shape[:-1], x.choice.shape[-1], fmt.block)  # [*b, R, units, P]
     if fmt.along == "token":
