@@ -1,6 +1,7 @@
 """A layer's cache: sinks, an exact window, a ladder of rungs; how tokens enter it and settle."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -51,6 +52,12 @@ def init(spec: LayerSpec, *, batch: int, num_kv_heads: int, head_dim: int, dtype
     """
     spec = spec.bind(dtype)
     spec.check(head_dim)
+    return _empty(spec, batch, num_kv_heads, head_dim, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _empty(spec: LayerSpec, batch: int, num_kv_heads: int, head_dim: int, dtype: Any) -> LayerCache:
+    """Return an empty cache: one program for layers that are alike, where single operations would be dozens."""
 
     def exact(num_slots: int, keeps_stat: bool) -> Exact:
         slots = (batch, num_kv_heads, num_slots)

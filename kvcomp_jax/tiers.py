@@ -66,8 +66,10 @@ def init_tier(
     ranked = not spec.policy.fifo and keeps is None
     asked = keeps is not None and (spec.sliding_window is not None or rung.k.uses_pos or rung.v.uses_pos)
 
-    def nothing(codec: Codec) -> Encoded:  # arrays of its own for each call: a donated cache may share none
-        return codec.encode(jnp.zeros((*slots, head_dim), dtype), jnp.zeros(slots, jnp.int32))
+    def nothing(codec: Codec) -> Encoded:
+        rows, at = jax.ShapeDtypeStruct((*slots, head_dim), dtype), jax.ShapeDtypeStruct(slots, jnp.int32)
+        shapes = jax.eval_shape(lambda x, pos: codec.encode(x, pos), rows, at)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     k_codec, v_codec = (codec.prepare(batch, num_kv_heads, head_dim) for codec in (rung.k, rung.v))
     return Tier(

@@ -3,6 +3,7 @@
 import jax
 
 from pallas_kernels import dispatch
+from pallas_kernels.entropy_decode.formats import Streams
 from pallas_kernels.entropy_decode.rows import RowFormat, Rows, num_slots
 from pallas_kernels.rows import check_positions
 
@@ -38,8 +39,11 @@ def entropy_decode(
       has sum 0 and a finite max.
 
     Raises:
-      ValueError: If shapes disagree, or `pos` and `q_pos` do not come together.
+      ValueError: If shapes disagree, or `pos` and `q_pos` do not come together. TypeError: If streams lack tables.
     """
+    for rows, lengths in ((k, k_lengths), (v, v_lengths)):
+        if isinstance(rows, Streams) and lengths is None:
+            raise TypeError("streams need tables of code lengths, k_lengths and v_lengths; only planes do without.")
     slots = num_slots(k, k_format)
     if q.ndim != 4 or k.scale.shape[:2] != q.shape[:2] or k_format.head_dim != q.shape[-1]:
         raise ValueError(f"q [B, K, R, D] {q.shape} does not fit keys {k.scale.shape} of {k_format.head_dim} channels.")

@@ -5,7 +5,7 @@ import pytest
 
 from kvcomp_jax.codecs import Affine, Codebook, Sketched
 from kvcomp_jax.types import Constant
-from tests.laws.parts import normal
+from tests.laws.parts import decoded, encode, normal
 
 DIM = 64
 ONE_BIT = Codebook(levels=Constant(np.array([-1, 1], np.float32) * np.sqrt(2 / np.pi).astype(np.float32)))
@@ -18,7 +18,7 @@ def errors(codec, seeds):
     found = []
     for seed in range(seeds):
         coded = Sketched(inner=codec, seed=seed, metadata_dtype="float32") if seeds > 1 else codec
-        logits = np.asarray(coded.dot(k, coded.encode(k, None), None))
+        logits = np.asarray(coded.dot(k, encode(coded, k, None), None))
         found.append((np.diagonal(logits) - exact) / exact)
     return np.array(found, np.float64)
 
@@ -33,7 +33,7 @@ def test_levels_alone_shrink_products_and_the_sketch_undoes_it():
 
 def test_variance_is_the_published_bound():
     k = normal(0, 32, DIM)
-    residual = np.asarray(k - ONE_BIT.decode(ONE_BIT.encode(k, None), None))
+    residual = np.asarray(k - decoded(ONE_BIT, encode(ONE_BIT, k, None), None))
     bound = np.pi / (2 * DIM) * np.square(residual).sum(-1) / np.square(np.asarray(k)).sum(-1)
     found = errors(ONE_BIT, 120).var(0)
     assert 0.3 * bound.mean() < found.mean() < 1.1 * bound.mean()

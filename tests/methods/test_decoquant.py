@@ -9,7 +9,7 @@ import pytest
 import kvcomp_jax as kvc
 from kvcomp_jax.codecs import Affine, TensorTrain
 from kvcomp_jax.codecs.tensor_train import factor
-from tests.laws.parts import HEAD_DIM, decode, make, normal, prefill, qkv, settle
+from tests.laws.parts import HEAD_DIM, decode, decoded, encode, make, normal, prefill, qkv, settle
 
 
 def product(large, small):
@@ -48,7 +48,7 @@ def test_zeros_stay_zeros():
     codec = TensorTrain(large=Affine(bits=4, axis="token", symmetric=True), block_size=32)
     x = jnp.zeros((1, 2, 64, HEAD_DIM))
     pos = jnp.zeros((1, 2, 64), jnp.int32)
-    np.testing.assert_array_equal(codec.decode(codec.encode(x, pos), pos), 0)
+    np.testing.assert_array_equal(decoded(codec, encode(codec, x, pos), pos), 0)
 
 
 @pytest.mark.parametrize("basis", ["shared", "run"])
@@ -73,13 +73,13 @@ def test_the_large_factor_errs_by_half_a_step(bits):
         block_size=64,
         dtype="float32",
     )
-    enc = codec.encode(x, None)
+    enc = encode(codec, x, None)
     large, small = factor(x, 16)
-    coded = codec.large.decode(enc.large, None)
+    coded = decoded(codec.large, enc.large, None)
     assert bool((jnp.abs(coded - large) <= enc.large.scale / 2 * (1 + 1e-5) + 1e-6).all())
     levels = 2 ** (bits - 1) - 1
     np.testing.assert_allclose(enc.large.scale[:, 0], jnp.abs(large).max(-1) / levels, rtol=1e-6)
-    error = np.asarray(codec.decode(enc, None) - x, np.float64)
+    error = np.asarray(decoded(codec, enc, None) - x, np.float64)
     np.testing.assert_allclose(error, product(coded - large, small), atol=1e-4)
 
 
@@ -88,8 +88,8 @@ def test_products_with_the_factors_are_those_with_the_rows(basis):
     codec = TensorTrain(large=Affine(bits=4, axis="token", symmetric=True), block_size=32, basis=basis)
     x, q, p = normal(6, 2, 3, 96, HEAD_DIM), normal(7, 2, 3, 4, HEAD_DIM), normal(8, 2, 3, 4, 96)
     pos = jnp.broadcast_to(jnp.arange(96), (2, 3, 96))
-    enc = codec.encode(x, pos)
-    back = np.asarray(codec.decode(enc, pos), np.float64)
+    enc = encode(codec, x, pos)
+    back = np.asarray(decoded(codec, enc, pos), np.float64)
     chex.assert_trees_all_close(codec.dot(q, enc, pos), np.asarray(q, np.float64) @ back.swapaxes(-1, -2), atol=1e-4)
     chex.assert_trees_all_close(codec.mix(p, enc, pos), np.asarray(p, np.float64) @ back, atol=1e-4)
 
@@ -98,7 +98,7 @@ def errors(x, bits, basis="shared"):
     """Relative error of a block of 512 tokens, and that of rounding its rows per token."""
     plain = Affine(bits=bits, axis="token", symmetric=True)
     codec = TensorTrain(large=plain, block_size=512, basis=basis)
-    return [relative_error(x, c.decode(c.encode(x, None), None)) for c in (codec, plain)]
+    return [relative_error(x, decoded(c, encode(c, x, None), None)) for c in (codec, plain)]
 
 
 def test_outliers_at_the_same_place_of_every_run_go_to_the_small_factor():
@@ -164,7 +164,7 @@ def test_decoded_blocks_have_the_factors_of_a_prompt():
     _, whole = prefill(whole, q, k, v)
     (a,), (b,) = streamed.tiers, whole.tiers
     pos = jnp.broadcast_to(jnp.arange(128), (1, 2, 128))
-    chex.assert_trees_all_close(a.k_codec.decode(a.k, pos), b.k_codec.decode(b.k, pos), atol=1e-5)
+    chex.assert_trees_all_close(decoded(a.k_codec, a.k, pos), decoded(b.k_codec, b.k, pos), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,19 @@ from kvcomp_jax.codecs import Affine
 from kvcomp_jax.read import make_queries
 from kvcomp_jax.tiers import attend_tier
 from pallas_kernels.packing import unpack
-from tests.laws.parts import HEAD_DIM, close_prompt, decode, first_rows, make, normal, prefill, qkv, settle
+from tests.laws.parts import (
+    HEAD_DIM,
+    close_prompt,
+    decode,
+    decoded,
+    encode,
+    first_rows,
+    make,
+    normal,
+    prefill,
+    qkv,
+    settle,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "methods" / "kivi_quantizer.npz"
 
@@ -24,7 +36,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "methods" / "kivi_quantizer.npz"
 def test_codes_of_the_released_quantiser(which, axis, bits, group_size):
     golden = np.load(GOLDEN)
     codec = Affine(bits=bits, axis=axis, group_size=group_size, metadata_dtype="float32")
-    enc = codec.encode(jnp.asarray(golden[which]), None)
+    enc = encode(codec, jnp.asarray(golden[which]), None)
     name = f"b{bits}_g{group_size}"
     codes, released = np.asarray(unpack(enc.codes, bits)), golden[f"{which}_codes_{name}"]
     tie = np.abs(quotients(golden[which], axis, bits, group_size) % 1 - 0.5) < 1e-5  # rounding may fall either way
@@ -34,7 +46,7 @@ def test_codes_of_the_released_quantiser(which, axis, bits, group_size):
     assert (codes != released).sum() <= 1  # one of all: 9.499999, which the released float32 arithmetic calls 9.5
     same = codes == released
     np.testing.assert_allclose(
-        np.asarray(codec.decode(enc, None))[same], golden[f"{which}_hat_{name}"][same], rtol=0, atol=1e-5
+        np.asarray(decoded(codec, enc, None))[same], golden[f"{which}_hat_{name}"][same], rtol=0, atol=1e-5
     )
 
 
@@ -57,10 +69,10 @@ def test_errors_and_extremes_of_a_group(axis, bits, group_size, metadata_dtype):
     """
     x = np.asarray(normal(0, 2, 128, 128)).astype(metadata_dtype).astype(np.float32)
     codec = Affine(bits=bits, axis=axis, group_size=group_size, metadata_dtype=metadata_dtype)
-    enc = codec.encode(jnp.asarray(x), None)
+    enc = encode(codec, jnp.asarray(x), None)
     split = codec.format(128).split
     along = -1 if axis == "token" else -2
-    groups, back, codes = (np.asarray(split(a)) for a in (x, codec.decode(enc, None), unpack(enc.codes, bits)))
+    groups, back, codes = (np.asarray(split(a)) for a in (x, decoded(codec, enc, None), unpack(enc.codes, bits)))
     step = np.expand_dims(np.asarray(enc.scale, np.float32), along)
     largest = np.abs(groups).max(along, keepdims=True)
     ulp = np.spacing(largest.astype(metadata_dtype)).astype(np.float32)
@@ -125,7 +137,7 @@ def test_the_fused_read_equals_attention_over_decoded_rows(dtype, without, rtol,
     queries = make_queries(cache, q[:, -1:], None, None, None)
     state = attend_tier(queries, tier, 0)
     keys, values = (
-        np.asarray(codec.decode(enc, None), np.float64)[:, :, :filled]
+        np.asarray(decoded(codec, enc, None), np.float64)[:, :, :filled]
         for codec, enc in ((tier.k_codec, tier.k), (tier.v_codec, tier.v))
     )
     logits = np.asarray(queries.q, np.float64) @ keys.swapaxes(-1, -2)
@@ -158,7 +170,7 @@ def test_outliers_stay_where_they_are():
         (k_codec, x.at[..., 5].mul(100), np.delete(np.arange(HEAD_DIM), 5)),
         (v_codec, x.at[:, 5].mul(100), np.delete(np.arange(64), 5)),
     ):
-        a, b = (codec.decode(codec.encode(y, None), None) for y in (x, spoiled))
+        a, b = (decoded(codec, encode(codec, y, None), None) for y in (x, spoiled))
         along = 2 if codec is k_codec else 1
         chex.assert_trees_all_equal(jnp.take(a, other, along), jnp.take(b, other, along))
 

@@ -14,7 +14,20 @@ from kvcomp_jax.methods.kvquant import calibrate, per_side
 from kvcomp_jax.types import Constant
 from pallas_kernels.packing import unpack
 from tests.golden.make_calibrations import OPTIONS
-from tests.laws.parts import CALIBRATIONS, HEAD_DIM, KVQUANT_2, KVQUANT_3, ROPE, decode_many, make, normal, prefill, qkv
+from tests.laws.parts import (
+    CALIBRATIONS,
+    HEAD_DIM,
+    KVQUANT_2,
+    KVQUANT_3,
+    ROPE,
+    decode_many,
+    decoded,
+    encode,
+    make,
+    normal,
+    prefill,
+    qkv,
+)
 
 HEADS, CHANNELS = 2, 2 * HEAD_DIM
 LAYOUT = kvc.Layout(num_layers=1, num_kv_heads=HEADS, head_dim=HEAD_DIM, ropes=(ROPE,), calibrations=str(CALIBRATIONS))
@@ -61,7 +74,7 @@ def test_codes_of_keys_do_not_depend_on_where_they_stand():
     assert near.mean() < 0.01
     codes = []
     for first in (0, 3, 900):
-        enc = k.encode(jnp.asarray(rotate(before, first + np.arange(64)), jnp.float32), at(first))
+        enc = encode(k, jnp.asarray(rotate(before, first + np.arange(64)), jnp.float32), at(first))
         codes.append(np.asarray(unpack(enc.dense.codes, book.bits)).reshape(64, HEADS, HEAD_DIM).swapaxes(0, 1))
     inside = (np.abs(z) < 0.9) & ~near
     assert inside.mean() > 0.8
@@ -71,8 +84,8 @@ def test_codes_of_keys_do_not_depend_on_where_they_stand():
 
 def test_stored_keys_move_to_other_positions_as_they_are():
     k = rung().k
-    enc = k.encode(normal(1, 1, HEADS, 64, HEAD_DIM), at(0))
-    here, there = k.decode(enc, at(0)), k.decode(enc, at(700))
+    enc = encode(k, normal(1, 1, HEADS, 64, HEAD_DIM), at(0))
+    here, there = decoded(k, enc, at(0)), decoded(k, enc, at(700))
     plain = ROPE.undo(here, at(0))
     np.testing.assert_allclose(there, rotate(plain, 700 + np.arange(64)), atol=2e-3)
 
@@ -86,7 +99,7 @@ def test_a_token_is_stored_alike_in_any_company():
     x = normal(2, 1, HEADS, 64, HEAD_DIM)
     other = x.at[:, :, 7].mul(50.0)
     for codec in (r.k, r.v):
-        a, b = (codec.decode(codec.encode(y, pos), pos) for y in (x, other))
+        a, b = (decoded(codec, encode(codec, y, pos), pos) for y in (x, other))
         rest = np.delete(np.arange(64), 7)
         chex.assert_trees_all_equal(a[:, :, rest], b[:, :, rest])
         assert not bool(jnp.allclose(a[:, :, 7], b[:, :, 7], atol=1.0))
@@ -114,10 +127,10 @@ def test_outliers_are_exactly_as_many_and_come_back(kind):
         "all equal": jnp.full((1, HEADS, 64, HEAD_DIM), 1.5),
         "two values": jnp.where(normal(4, 1, HEADS, 64, HEAD_DIM) > 0, 2.0, -1.0),
     }[kind]
-    enc = codec.encode(x, at(0))
+    enc = encode(codec, x, at(0))
     index = np.asarray(enc.channels)
     assert all(len(set(row)) == 2 * half for row in index.reshape(-1, 2 * half))
-    back = np.take_along_axis(np.asarray(codec.decode(enc, at(0))), index.astype(int), -1)
+    back = np.take_along_axis(np.asarray(decoded(codec, enc, at(0))), index.astype(int), -1)
     np.testing.assert_allclose(back, np.take_along_axis(np.asarray(x), index.astype(int), -1), rtol=2e-3, atol=2e-3)
     rest = np.asarray(x).copy()
     np.put_along_axis(rest, index.astype(int), np.nan, -1)
@@ -129,7 +142,7 @@ def test_outliers_are_exactly_as_many_and_come_back(kind):
 def test_ranges_of_values_are_those_of_the_rest():
     codec = rung(KVQUANT_2).v
     x = normal(5, 1, HEADS, 64, HEAD_DIM).at[..., 3].mul(100.0)
-    enc = codec.encode(x, at(0))
+    enc = encode(codec, x, at(0))
     half = codec.num_outliers // 2
     ordered = np.sort(np.asarray(x), -1)
     high, low = ordered[..., -1 - half], ordered[..., half]
@@ -147,11 +160,11 @@ def test_errors_are_bounded_by_the_levels(bits):
     bound = _bound(levels["k_levels"])
     x = normal(7, 1, HEADS, 64, HEAD_DIM)
     z = (np.asarray(x) - levels["k_zero_point"][:, None]) / levels["k_scale"][:, None]
-    error = np.abs(np.asarray(k.decode(k.encode(x, at(0)), at(0))) - np.asarray(x)) / levels["k_scale"][:, None]
+    error = np.abs(np.asarray(decoded(k, encode(k, x, at(0)), at(0))) - np.asarray(x)) / levels["k_scale"][:, None]
     assert (error[np.abs(z) <= 1] <= bound + 1e-5).all()
     assert error[np.abs(z) <= 1].max() > bound / 4
-    enc = v.encode(x, at(0))
-    error = np.abs(np.asarray(v.decode(enc, at(0))) - np.asarray(x))
+    enc = encode(v, x, at(0))
+    error = np.abs(np.asarray(decoded(v, enc, at(0))) - np.asarray(x))
     scale = np.asarray(enc.dense.scale, np.float32)[..., None]  # [1, 1, S, 1], shared by the heads
     assert (error <= scale * (_bound(levels["v_levels"]) + 2e-3)).all()
 
@@ -245,8 +258,8 @@ def test_sinks_are_bit_exact():
 def test_scores_equal_those_of_decoded_and_rotated_keys(heads):
     k = rung().k
     x, pos = normal(10, 1, HEADS, 64, HEAD_DIM), at(1000)
-    enc = k.encode(x, pos)
-    before = np.asarray(k.inner.decode(enc, pos), np.float64)
+    enc = encode(k, x, pos)
+    before = np.asarray(decoded(k.inner, enc, pos), np.float64)
     q = normal(11, 1, HEADS, 3, HEAD_DIM)
     expected = np.asarray(q, np.float64) @ rotate(before, 1000 + np.arange(64)).swapaxes(-1, -2)
     np.testing.assert_allclose(k.dot(q, enc, pos[:, :heads]), expected, atol=1e-3)  # positions shared by heads, or not
@@ -381,7 +394,7 @@ def test_what_is_not_finite_stays_so_and_alone(bad):
     r = rung()
     x = normal(13, 1, HEADS, 64, HEAD_DIM).at[0, 1, 5, 9].set(bad)
     for codec in (r.k.inner, r.v):
-        back = np.asarray(codec.decode(codec.encode(x, at(0)), at(0)))
+        back = np.asarray(decoded(codec, encode(codec, x, at(0)), at(0)))
         assert not np.isfinite(back[0, 1, 5, 9])
         assert np.isfinite(np.delete(back.reshape(-1), np.ravel_multi_index((0, 1, 5, 9), back.shape))).all()
 
@@ -389,7 +402,7 @@ def test_what_is_not_finite_stays_so_and_alone(bad):
 def test_huge_outliers_saturate():
     codec = Outliers(inner=kvc.Affine(bits=4, axis="token"), num_outliers=2)
     x = normal(14, 1, 8, HEAD_DIM).at[0, 0, 0].set(1e9)
-    assert bool(jnp.isfinite(codec.decode(codec.encode(x, at(0)), at(0))).all())
+    assert bool(jnp.isfinite(decoded(codec, encode(codec, x, at(0)), at(0))).all())
 
 
 @pytest.mark.parametrize(

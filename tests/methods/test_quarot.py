@@ -12,7 +12,7 @@ from kvcomp_jax.codecs import Affine, Rotated
 from kvcomp_jax.types import pytree
 from pallas_kernels.hadamard import hadamard, hadamard_matrix
 from pallas_kernels.packing import unpack
-from tests.laws.parts import HEAD_DIM, attend, decode_many, make, normal, prefill, qkv
+from tests.laws.parts import HEAD_DIM, attend, decode_many, decoded, encode, make, normal, prefill, qkv
 
 INT4 = Affine(bits=4, axis="token")
 
@@ -37,7 +37,7 @@ def test_rotated_queries_see_rotated_keys_as_before_and_values_come_back(seed):
     exact = Rotated(inner=kvc.Identity(), seed=seed)
     q, k, v = (normal(i, 2, 24, HEAD_DIM) for i in range(3))
     p, pos = jax.nn.softmax(normal(3, 2, 5, 24)), None
-    kept_k, kept_v = exact.encode(k, pos), exact.encode(v, pos)
+    kept_k, kept_v = encode(exact, k, pos), encode(exact, v, pos)
     assert float(jnp.abs(kept_k - k).max()) > 0.5  # what is kept is rotated
     np.testing.assert_allclose(exact.dot(q, kept_k, pos), q @ k.mT, atol=3e-5)
     np.testing.assert_allclose(exact.mix(p, kept_v, pos), p @ v, atol=3e-6)
@@ -47,7 +47,8 @@ def test_rotated_queries_see_rotated_keys_as_before_and_values_come_back(seed):
 def test_rotation_spreads_an_outlier_channel(factor, least):
     x = normal(0, 512, 128).at[:, 5].mul(factor)
     plain, turned = (
-        float(jnp.square(codec.decode(codec.encode(x, None), None) - x).mean()) for codec in (INT4, Rotated(inner=INT4))
+        float(jnp.square(decoded(codec, encode(codec, x, None), None) - x).mean())
+        for codec in (INT4, Rotated(inner=INT4))
     )
     assert plain / turned > least
 
@@ -56,15 +57,15 @@ def test_rotation_spreads_an_outlier_channel(factor, least):
 def test_errors_stay_within_half_a_step_inside_the_range_and_keep_their_norm(clip):
     x = np.asarray(normal(1, 64, 128), np.float64)
     codec = Rotated(inner=Affine(bits=4, axis="token", clip=clip, metadata_dtype="float32"))
-    enc = codec.encode(jnp.asarray(x, jnp.float32), None)
+    enc = encode(codec, jnp.asarray(x, jnp.float32), None)
     turned = x @ hadamard_matrix(128) * 128**-0.5
     low, high = (f(turned, axis=-1, keepdims=True) * clip for f in (np.min, np.max))
-    error = np.asarray(codec.inner.decode(enc, None)) - turned
+    error = np.asarray(decoded(codec.inner, enc, None)) - turned
     inside = (turned >= low) & (turned <= high)
     assert inside.all() == (clip == 1)
     step = np.broadcast_to((high - low) / 15, error.shape)
     assert (np.abs(error[inside]) <= step[inside] * 0.5001).all()
-    back = np.asarray(codec.decode(enc, None)) - x
+    back = np.asarray(decoded(codec, enc, None)) - x
     np.testing.assert_allclose(np.linalg.norm(back, axis=-1), np.linalg.norm(error, axis=-1), rtol=1e-5)
 
 
@@ -118,7 +119,7 @@ def test_a_step_reads_the_codes_of_earlier_ones():
     assert int(cache.settled[0]) == 40
     out, _ = decode_many(cache, q[:, 40:], k[:, 40:], v[:, 40:])
     codec = cache.tiers[0].k_codec
-    coded = lambda x: codec.decode(codec.encode(x[:, :40].swapaxes(1, 2), None), None).swapaxes(1, 2)
+    coded = lambda x: decoded(codec, encode(codec, x[:, :40].swapaxes(1, 2), None), None).swapaxes(1, 2)
     k_hat, v_hat = (jnp.concatenate([coded(x), x[:, 40:]], 1) for x in (k, v))
     np.testing.assert_allclose(out[:, 0], kvc.causal_attention(q, k_hat, v_hat)[:, 40], atol=1e-4)
 
@@ -134,7 +135,7 @@ def test_a_fused_kernel_reads_the_rotated_codes(text):
     fused, _ = attend(cache, q[:, 64:], k[:, 64:], v[:, 64:])
     (tier,) = cache.tiers
     k_hat, v_hat = (
-        jnp.concatenate([c.decode(e, None).swapaxes(1, 2), x[:, 64:]], 1)
+        jnp.concatenate([decoded(c, e, None).swapaxes(1, 2), x[:, 64:]], 1)
         for c, e, x in ((tier.k_codec, tier.k, k), (tier.v_codec, tier.v, v))
     )
     np.testing.assert_allclose(fused[:, 0], kvc.causal_attention(q, k_hat, v_hat)[:, 64], atol=1e-4)

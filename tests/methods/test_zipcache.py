@@ -12,7 +12,7 @@ import kvcomp_jax as kvc
 from kvcomp_jax.cache import Exact
 from kvcomp_jax.codecs import Affine, ChannelScaled
 from kvcomp_jax.fill import fill
-from tests.laws.parts import HEAD_DIM, decode, make, normal, prefill, qkv, ready, settle
+from tests.laws.parts import HEAD_DIM, decode, decoded, encode, make, normal, prefill, qkv, ready, settle
 
 LENGTHS = [190, 100, 7]
 
@@ -127,7 +127,7 @@ def test_outlier_channels_spoil_others_little_with_channel_factors():
 
     def error(codec, rows):
         codec = ready(codec, rows)
-        back = codec.decode(codec.encode(rows, None), None)
+        back = decoded(codec, encode(codec, rows, None), None)
         return float(jnp.sqrt(jnp.square(back - rows)[..., others].mean() / jnp.square(rows)[..., others].mean()))
 
     plain = Affine(bits=4, axis="token")
@@ -150,13 +150,13 @@ def test_factors_come_from_each_rows_own_prompt():
 def test_errors_are_half_a_step(bits):
     x = normal(2, 1, 2, 96, HEAD_DIM)
     keys = Affine(bits=bits, axis="channel", group_size=48 if bits == 4 else 32, metadata_dtype="float32")
-    enc = keys.encode(x, None)
+    enc = encode(keys, x, None)
     step = jnp.repeat(enc.scale, keys.group_size, 2)
-    assert bool((jnp.abs(keys.decode(enc, None) - x) <= step / 2 + 1e-5).all())
+    assert bool((jnp.abs(decoded(keys, enc, None) - x) <= step / 2 + 1e-5).all())
     values = ready(ChannelScaled(inner=Affine(bits=bits, axis="token", metadata_dtype="float32")), x)
-    enc = values.encode(x, None)
+    enc = encode(values, x, None)
     bound = values.factor[:, :, None].astype(jnp.float32) * enc.scale / 2
-    assert bool((jnp.abs(values.decode(enc, None) - x) <= bound + 1e-5).all())
+    assert bool((jnp.abs(decoded(values, enc, None) - x) <= bound + 1e-5).all())
 
 
 @pytest.mark.parametrize(("low_share", "bits"), [(0, 4), (1, 2)])
@@ -177,10 +177,10 @@ def test_equal_bits_give_equal_values_whatever_the_classes():
     mixed = make("zipcache:low_bits=4", batch=2, num_kv_heads=2, max_len=200)
     single = make("zipcache:low_share=0,block_size=80", batch=2, num_kv_heads=2, max_len=200)
     (_, mixed), (_, single) = (prefill(c, q, k, v) for c in (mixed, single))
-    parts = [tier.v_codec.decode(tier.v, None) for tier in mixed.tiers]
+    parts = [decoded(tier.v_codec, tier.v, None) for tier in mixed.tiers]
     live = [part[:, :, : int(tier.entered[0])] for part, tier in zip(parts, mixed.tiers, strict=True)]
     tier = single.tiers[0]
-    whole = tier.v_codec.decode(tier.v, None)[:, :, : int(tier.entered[0])]
+    whole = decoded(tier.v_codec, tier.v, None)[:, :, : int(tier.entered[0])]
     axis = np.random.default_rng(0).standard_normal(HEAD_DIM)
 
     def in_order(x):
@@ -218,13 +218,13 @@ def test_settled_tokens_are_never_quantised_again():
     q, k, v = qkv(7, 1, 240)
     cache = make("zipcache", batch=1, num_kv_heads=2, max_len=240)
     _, cache = prefill(cache, q[:, :160], k[:, :160], v[:, :160])
-    before = [tier.k_codec.decode(tier.k, None)[:, :, : int(tier.entered[0])] for tier in cache.tiers]
+    before = [decoded(tier.k_codec, tier.k, None)[:, :, : int(tier.entered[0])] for tier in cache.tiers]
     for t in range(160, 240):
         _, cache = decode(cache, *(x[:, t : t + 1] * 5 for x in (q, k, v)))
     cache = settle(cache)
     for old, tier in zip(before, cache.tiers, strict=True):
         assert int(tier.entered[0]) > old.shape[2]
-        np.testing.assert_array_equal(tier.k_codec.decode(tier.k, None)[:, :, : old.shape[2]], old)
+        np.testing.assert_array_equal(decoded(tier.k_codec, tier.k, None)[:, :, : old.shape[2]], old)
 
 
 @pytest.mark.parametrize(
