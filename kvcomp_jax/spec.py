@@ -161,7 +161,7 @@ class LayerSpec:
             block = math.lcm(self.block_size, rung.unit) if not self.policy.fifo and not self.divided else step
             for codec in (rung.k, rung.v):
                 codec.check(head_dim, block)
-                if codec.joins_heads and not self.policy.fifo:
+                if codec.joins_heads and not self.policy.fifo and (codec.uses_pos or not self.divided):
                     raise ValueError(
                         f"{type(self.policy).__name__} keeps different tokens in each head, and {codec.name} "
                         "stores the heads of a token together; encode each head alone."

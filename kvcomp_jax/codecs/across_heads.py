@@ -14,9 +14,10 @@ from kvcomp_jax.types import pytree, static
 class AcrossHeads(Wrapper):
     """Join the heads of a token, [*b, K, S, D] -> [*b, 1, S, K D], before the inner codec stores it.
 
-    What the inner codec keeps once a row, a scale or slots for outliers, is then shared by all heads. Every head must
-    hold the same tokens in the same slots, which policies that go by age see to. Reads decode and part by heads:
-    contracting joined rows would multiply each query by the channels of every head.
+    What the inner codec keeps once a row, a scale or slots for outliers, is then shared by all heads. Slots of all
+    heads must be written together, which policies that go by age see to, and rungs with shares: there a row joins
+    different tokens, and the inner codec may not ask where they stand. Reads decode and part by heads: contracting
+    joined rows would multiply each query by the channels of every head.
     """
 
     num_heads: int = static()

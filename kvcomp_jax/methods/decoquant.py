@@ -1,12 +1,18 @@
 """DecoQuant, Liu et al. 2024, arXiv:2405.12591."""
 
-from kvcomp_jax.codecs import Affine, TensorTrain
+from kvcomp_jax.codecs import AcrossHeads, Affine, Codec, TensorTrain
 from kvcomp_jax.methods.registry import Context, method
 from kvcomp_jax.policies import Recency
 from kvcomp_jax.spec import LayerSpec, Rung, blocks
 
 
-@method(axis="quantise", bits="2, 3, 4, 8", source="DecoQuant, Liu et al. 2024, arXiv:2405.12591")
+@method(
+    axis="quantise",
+    bits="2, 3, 4, 8",
+    source="DecoQuant, Liu et al. 2024, arXiv:2405.12591",
+    advice="Where a few channels are outliers and nothing may be calibrated; a rotation is cheaper and often better.",
+    settings=("bits=4", "bits=4,basis=run", "bits=8", "bits=2"),
+)
 def decoquant(
     context: Context,
     *,
@@ -15,6 +21,7 @@ def decoquant(
     v_bits: int | None = None,
     rank: int = 16,
     basis: str = "shared",
+    across_heads: bool = False,
     block_size: int = 256,
     num_sinks: int = 0,
     window: int = 0,
@@ -25,9 +32,9 @@ def decoquant(
     Needs no calibration: factors come from a block's own rows. Defaults are the released code's: 4 bits, runs of 16
     channels, one basis for all; `basis=run` has one a run. There a prompt is one block over all KV heads, what exceeds
     whole multiples of a threshold stays exact, and so does every decoded token; here a block has `block_size` tokens of
-    one KV head, and decoded tokens are factored as soon as a block of them is there.
+    one KV head, or of all with across_heads=True, and decoded tokens are factored as soon as a block of them is there.
     """
-    k, v = (
+    codecs: list[Codec] = [
         TensorTrain(
             large=Affine(bits=b or bits, axis="token", symmetric=True, metadata_dtype=metadata_dtype),
             rank=rank,
@@ -36,6 +43,9 @@ def decoquant(
             dtype=metadata_dtype,
         )
         for b in (k_bits, v_bits)
-    )
+    ]
+    if across_heads:
+        codecs = [AcrossHeads(inner=codec, num_heads=context.layout.num_kv_heads) for codec in codecs]
+    k, v = codecs
     rung = Rung(k, v, blocks(context.max_len, block_size))
     return LayerSpec(rungs=(rung,), policy=Recency(num_sinks=num_sinks), window=window, block_size=block_size)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kvcomp_jax.codecs import Affine, ChannelScaled
+from kvcomp_jax.codecs import AcrossHeads, Affine, ChannelScaled, Codec
 from kvcomp_jax.methods.registry import Context, method
 from kvcomp_jax.policies import Recency, Saliency
 from kvcomp_jax.spec import LayerSpec, Rung, blocks
@@ -15,7 +15,13 @@ class _Class(NamedTuple):
     tokens: int
 
 
-@method(axis="quantise", bits="4 and 2", source="ZipCache, He et al. 2024, arXiv:2405.14256")
+@method(
+    axis="quantise",
+    bits="4 and 2",
+    source="ZipCache, He et al. 2024, arXiv:2405.14256",
+    advice="Between 2 and 4 bits, for long prompts whose tokens differ in worth.",
+    settings=("", "low_share=0.7", "bits=8,low_bits=4,low_share=0.5"),
+)
 def zipcache(
     context: Context,
     *,
@@ -25,6 +31,7 @@ def zipcache(
     recent: float = 0.05,
     random: float = 0.05,
     divide_by: str = "probes",
+    across_heads: bool = False,
     block_size: int | None = None,
     num_sinks: int = 0,
     metadata_dtype: str = "float16",
@@ -39,15 +46,17 @@ def zipcache(
     fewer than a block, wait in the window.
     Differences from the released code: ranges of keys are a block's, where there one range a class is widened every
     100 tokens and all is quantised again, which adds up errors (`block_size` = the prompt's length gives one range a
-    class); ranges of values are a head's, there they span all heads; nothing is pooled over the batch.
-    Other settings of its authors: `low_share=0.7`; `bits=8,low_bits=4,low_share=0.5`.
+    class); ranges of values are a head's, there they span all heads, as with across_heads=True, which saves metadata
+    and has no fused read; nothing is pooled over the batch.
+    Other presets: `low_share=0.7`; `bits=8,low_bits=4,low_share=0.5`.
     """
     size, classes = _classes(bits, low_bits, low_share, block_size)
     num_blocks = blocks(context.max_len, size) // size
     rungs, left = [], size
     for kind in classes:
         k = Affine(bits=kind.bits, axis="channel", group_size=kind.tokens, metadata_dtype=metadata_dtype)
-        v = ChannelScaled(inner=Affine(bits=kind.bits, axis="token", metadata_dtype=metadata_dtype))
+        v: Codec = ChannelScaled(inner=Affine(bits=kind.bits, axis="token", metadata_dtype=metadata_dtype))
+        v = AcrossHeads(inner=v, num_heads=context.layout.num_kv_heads) if across_heads else v
         rungs.append(Rung(k, v, kind.tokens * num_blocks, share=kind.tokens / left))
         left -= kind.tokens
     if len(rungs) == 1:

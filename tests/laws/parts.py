@@ -98,6 +98,8 @@ CODECS = [
     Packs(inner=Bounded(rel_scale=0.1, axis="token")),
     Packs(inner=Bounded(rel_scale=0.05, axis="token"), budget=2.5, block=32, pack=8),
     Packs(inner=Affine(bits=4, axis="channel", group_size=64), budget=3.0),
+    AcrossHeads(inner=TensorTrain(large=Affine(bits=4, axis="token", symmetric=True), block_size=32), num_heads=2),
+    AcrossHeads(inner=ChannelScaled(inner=Affine(bits=4, axis="token")), num_heads=2),
 ]
 
 CALIBRATIONS = Path(__file__).parents[1] / "golden" / "methods"
@@ -130,7 +132,7 @@ METHODS = [
     "zipcache:block_size=40",
     "decoquant:block_size=32",
     "decoquant:bits=8,v_bits=2,basis=run,rank=8,block_size=16,num_sinks=2,window=5",
-    "zipcache:bits=8,low_bits=3,low_share=0.5,divide_by=queries,num_sinks=2",
+    "zipcache:bits=8,low_bits=3,low_share=0.5,divide_by=queries,num_sinks=2,across_heads=true",
     "snapkv:budget=40,window=8",
     "snapkv:budget=0.5,window=8,kernel_size=5,pooling=avg,num_sinks=2",
     "snapkv:budget=120,window=16+kivi:bits=4",

@@ -228,13 +228,14 @@ def test_settled_tokens_are_never_quantised_again():
 
 
 @pytest.mark.parametrize(
-    ("heads", "dim", "ratio"),
-    [(1, 1024, 4.955), (8, 128, 4.80)],  # the original's ranges of values span all heads; ours a head's 128 channels
+    ("across_heads", "ratio"),
+    [("true", 4.955), ("false", 4.80)],  # the original's ranges of values span all heads
 )
-def test_bytes_of_the_papers_example(heads, dim, ratio):
+def test_bytes_of_the_papers_example(across_heads, ratio):
     """A prompt that is one block of 4080 tokens has one range of keys a channel and class, as in the original."""
-    tokens = 4080
-    spec = kvc.parse(f"zipcache:block_size={tokens}").spec(max_len=tokens, head_dim=dim)
+    tokens, heads, dim = 4080, 8, 128
+    method = kvc.parse(f"zipcache:block_size={tokens},across_heads={across_heads}")
+    spec = method.spec(max_len=tokens, head_dim=dim, num_kv_heads=heads)
     cache = kvc.init(spec, batch=1, num_kv_heads=heads, head_dim=dim, dtype=jnp.bfloat16)
     rows = jnp.zeros((1, heads, tokens, dim), jnp.bfloat16)
     prompt = Exact(k=rows, v=rows, stat=jnp.zeros((1, heads, tokens)))
@@ -242,7 +243,8 @@ def test_bytes_of_the_papers_example(heads, dim, ratio):
     np.testing.assert_array_equal(kvc.live_tokens(cache), tokens)
     stored = sum(x.nbytes for t in cache.tiers for x in jax.tree.leaves((t.k, t.v, t.k_codec, t.v_codec)))
     assert 2 * heads * dim * tokens * 2 / stored == pytest.approx(ratio, abs=0.02)
-    bits_k, bits_v = 3.2 + 2 * 32 / tokens, 3.2 + 32 / dim + 2 * 16 / tokens  # a factor a rung
+    joined = heads * dim if across_heads == "true" else dim
+    bits_k, bits_v = 3.2 + 2 * 32 / tokens, 3.2 + 32 / joined + 2 * 16 / tokens  # each rung has its factors
     assert stored == pytest.approx((bits_k + bits_v) * heads * dim * tokens / 8, rel=1e-6)
     assert all(tier.pos is None and tier.stat is None for tier in cache.tiers)
 
