@@ -188,8 +188,8 @@ def test_units_that_do_not_fit_are_coarser_and_never_lost():
     [
         (lambda: packs(0.1, pack=4), "pack=4 must be 8, 16 or 32"),
         (lambda: Alike("random"), "kind='random' must be"),
-        (lambda: kvc.Rung(kvc.Identity(), kvc.Identity(), 64, Alike()), "needs keys and values in Packs"),
-        (lambda: kvc.Rung(packs(0.1), packs(0.1, pack=8), 64, Alike()), "the same block and pack"),
+        (lambda: kvc.Rung(kvc.Identity(), kvc.Identity(), 64, order=Alike()), "needs keys and values in Packs"),
+        (lambda: kvc.Rung(packs(0.1), packs(0.1, pack=8), 64, order=Alike()), "the same block and pack"),
         (lambda: kvc.parse("packkv:recent=32").spec(max_len=512, head_dim=64), "recent=32 must be at least"),
         (lambda: packs(0.1, block=16).check(9, 16), "head_dim=9 makes 9 packs"),
     ],
