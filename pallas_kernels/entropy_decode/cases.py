@@ -15,6 +15,7 @@ from pallas_kernels.entropy_decode.rows import RowFormat
 _write_planes = jax.jit(planes.write, static_argnums=(1, 2))  # op by op, each operation would compile alone
 _write_streams = jax.jit(streams.write, static_argnums=(3, 4))
 _code_lengths = jax.jit(code_lengths, static_argnums=1)
+_with_plain = jax.jit(streams.with_plain, static_argnums=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,22 +40,23 @@ class Side:
         heads, slots, head_dim = shape[:2], shape[2], shape[3]
         fmt = self.format(head_dim)
         drawn = rng.normal(self.num_levels / 2, self.spread, shape).round().clip(0, self.num_levels - 1)
-        codes = jnp.asarray(drawn, jnp.uint8)
+        codes = jnp.asarray(drawn.astype(np.uint8))
         rows, cols = {
             "token": (slots, 1),
             "groups": (slots, 2),
             "channel": (slots // self.block, head_dim),
             "block": (slots // self.block, 1),
         }[self.scales]
-        scale = jnp.asarray(rng.uniform(0.1, 0.3, (*heads, rows, cols)), jnp.float32)
-        zero_point = -scale * (self.num_levels / 2) + jnp.asarray(rng.normal(size=scale.shape), jnp.float32)
+        scale = rng.uniform(0.1, 0.3, (*heads, rows, cols)).astype(np.float32)
+        zero_point = -scale * np.float32(self.num_levels / 2) + rng.normal(size=scale.shape).astype(np.float32)
+        scale, zero_point = jnp.asarray(scale), jnp.asarray(zero_point)
         if isinstance(fmt, PlaneFormat):
             room = fmt.num_packs * fmt.code_bits
             return Planes(*_write_planes(codes, room, fmt), scale, zero_point), None  # type: ignore[call-arg]
         weights = rng.integers(1, 1000, (32, self.num_levels))  # one shape for all cases: one compilation
-        tables = _code_lengths(jnp.asarray(weights, jnp.int32), fmt.max_bits)
-        lengths = streams.with_plain(tables[: 2 * heads[0] * heads[1]].reshape(*heads, 2, -1), fmt)
-        choice = jnp.asarray(rng.integers(0, 3, (*heads, slots // self.block)), jnp.uint8)
+        tables = _code_lengths(jnp.asarray(weights.astype(np.int32)), fmt.max_bits)
+        lengths = _with_plain(tables[: 2 * heads[0] * heads[1]].reshape(*heads, 2, -1), fmt)
+        choice = jnp.asarray(rng.integers(0, 3, (*heads, slots // self.block)).astype(np.uint8))
         room = -(-fmt.num_streams * fmt.stream * fmt.max_bits // 32) + fmt.num_streams
         written = _write_streams(codes, lengths, choice, room, fmt)
         return Streams(*written, choice, scale, zero_point), lengths  # type: ignore[call-arg]
@@ -84,14 +86,14 @@ class Case:
         k, k_lengths = self.k.draw(rng, shape)
         v, v_lengths = self.v.draw(rng, shape)
         pos, q_pos = draw_positions(rng, self.positions, shape[:3], self.rows)
-        length = jnp.asarray(self.length, jnp.int32)
+        length = jnp.asarray(np.array(self.length, np.int32))
         options = {
             "k_format": self.k.format(self.head_dim),
             "v_format": self.v.format(self.head_dim),
             "soft_cap": self.soft_cap,
             "sliding_window": self.sliding_window,
         }
-        return (jnp.asarray(q, self.dtype), k, v, k_lengths, v_lengths, length, pos, q_pos), options
+        return (jnp.asarray(q.astype(jnp.dtype(self.dtype))), k, v, k_lengths, v_lengths, length, pos, q_pos), options
 
 
 PACKED = Side("planes", "token", num_levels=12, spread=2.0)

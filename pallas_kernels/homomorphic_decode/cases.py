@@ -8,6 +8,8 @@ from pallas_kernels.homomorphic_decode.partitions import code_sums, sums_dtype
 from pallas_kernels.quantized_decode import cases as quantized
 from pallas_kernels.quantized_decode.cases import HEAD_DIMS, channel, token
 
+_code_sums = jax.jit(code_sums, static_argnums=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case(quantized.Case):
@@ -16,7 +18,7 @@ class Case(quantized.Case):
     def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
         """Positional and keyword arguments of `homomorphic_decode`."""
         (q, k, v, *rest), options = super().arguments(seed)
-        return (q, k, v, code_sums(k, self.k_format), code_sums(v, self.v_format), *rest), options
+        return (q, k, v, _code_sums(k, self.k_format), _code_sums(v, self.v_format), *rest), options
 
     def shapes(self) -> tuple:
         """The positional arguments as ShapeDtypeStructs."""

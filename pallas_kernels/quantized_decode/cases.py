@@ -13,6 +13,8 @@ from pallas_kernels.quantize_pack.reference import quantize_pack
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
+_quantize_pack = jax.jit(quantize_pack, static_argnums=1)  # op by op, each operation would compile alone
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -41,11 +43,11 @@ class Case:
         if self.positions:
             shape = (batch, heads if self.positions == "per head" else 1, slots)
             places = rng.permuted(np.broadcast_to(np.arange(slots), shape), axis=-1)
-            pos = jnp.asarray(np.where(rng.random(shape) < 0.2, -1, places), jnp.int32)
+            pos = jnp.asarray(np.where(rng.random(shape) < 0.2, -1, places).astype(np.int32))
             q_pos = jnp.full((batch, self.rows), slots - 3, jnp.int32)
-        length = jnp.asarray(self.length, jnp.int32)
-        keys, values = quantize_pack(k, self.k_format), quantize_pack(v, self.v_format)
-        return (jnp.asarray(q, self.dtype), keys, values, length, pos, q_pos), self.options
+        length = jnp.asarray(np.array(self.length, np.int32))
+        keys, values = _quantize_pack(k, self.k_format), _quantize_pack(v, self.v_format)
+        return (jnp.asarray(q.astype(jnp.dtype(self.dtype))), keys, values, length, pos, q_pos), self.options
 
     @property
     def options(self) -> dict:

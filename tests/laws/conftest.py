@@ -1,4 +1,4 @@
-"""Tests of one method run in one worker, where they share compiled programs; FORMS are quick, the others slow."""
+"""Tests of one method or codec run in one worker and share compiled programs there; FORMS are quick, the rest slow."""
 
 import pytest
 
@@ -7,8 +7,9 @@ from tests.laws.parts import FORMS, METHODS
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        text = item.callspec.params.get("text") if hasattr(item, "callspec") else None
-        if text is not None:
-            item.add_marker(pytest.mark.xdist_group(text))
-        if text in METHODS and text not in FORMS:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        for name in ("text", "codec"):
+            if name in params:
+                item.add_marker(pytest.mark.xdist_group(repr(params[name])))
+        if params.get("text") in METHODS and params["text"] not in FORMS:
             item.add_marker(pytest.mark.slow)

@@ -200,7 +200,7 @@ def contracted(codec, q, p, enc, pos):
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))  # by numpy: nothing compiles
 
 
 def qkv(seed: int, batch: int, tokens: int, heads=(4, 2), head_dim: int = HEAD_DIM, dtype=jnp.float32):

@@ -23,11 +23,10 @@ def draw(seed, tokens, scale=1.0):
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
-@given(seed=st.integers(0, 2**16), size=st.sampled_from([(1, 5), (3, 1)]))
-def test_dot_and_mix_agree_with_decode(codec, seed, size):
-    units, queries = size
-    x, pos = draw(seed, units * 64)
-    q, p = normal(seed + 1, 1, 2, queries, HEAD_DIM), normal(seed + 2, 1, 2, queries, units * 64)
+@given(seed=st.integers(0, 2**16))
+def test_dot_and_mix_agree_with_decode(codec, seed):
+    x, pos = draw(seed, 192)
+    q, p = normal(seed + 1, 1, 2, 5, HEAD_DIM), normal(seed + 2, 1, 2, 5, 192)
     codec = ready(codec, x)
     (logits, mixed), wanted = contracted(codec, q, p, encode(codec, x, pos), pos)
     chex.assert_trees_all_close(logits, wanted[0], atol=5e-5)
@@ -81,7 +80,6 @@ def code_bytes(enc):
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_nbits_is_what_is_stored(codec):
     x, pos = draw(0, 192)
-    x = x.astype(jnp.bfloat16)
     codec = ready(codec, x)
     enc = encode(codec, x, pos)
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(enc)) * 8

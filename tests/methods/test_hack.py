@@ -13,7 +13,19 @@ import kvcomp_jax as kvc
 from kvcomp_jax.codecs import Affine, Homomorphic
 from kvcomp_jax.tiers import attend_by_blocks, attend_tier
 from pallas_kernels.packing import unpack
-from tests.laws.parts import HEAD_DIM, decode, decode_many, first_rows, make, normal, prefill, qkv, settle
+from tests.laws.parts import (
+    HEAD_DIM,
+    contracted,
+    decode,
+    decode_many,
+    encode,
+    first_rows,
+    make,
+    normal,
+    prefill,
+    qkv,
+    settle,
+)
 
 
 def stepwise(x, size):
@@ -39,12 +51,13 @@ def test_integer_products_equal_the_product_of_the_dequantised_operands(bits, si
     pos = jnp.broadcast_to(jnp.arange(128), (3, 128))
     for axis in ("token", "channel"):
         codec = Homomorphic(inner=Affine(bits=bits, axis=axis, group_size=size, rounding=rounding))
-        enc = codec.encode(x, pos)
+        enc = encode(codec, x, pos)
         rows = dequantised(enc, axis, bits, size)
+        products, _ = contracted(codec, q, p, enc, pos)
         got, want = (
-            (codec.dot(q, enc, pos), stepwise(q, size) @ np.swapaxes(rows, -1, -2))
+            (products[0], stepwise(q, size) @ np.swapaxes(rows, -1, -2))
             if axis == "token"
-            else (codec.mix(p, enc, pos), stepwise(p, size) @ rows)
+            else (products[1], stepwise(p, size) @ rows)
         )
         assert float(np.abs(got - want).max()) <= 1e-4 * np.abs(want).max()
 

@@ -109,7 +109,7 @@ def test_mean_code_length_is_close_to_the_entropy(axis, rel_scale):
     assert entropy <= mean <= entropy + 0.1
 
 
-@pytest.mark.parametrize("num_queries", [1, 3, 40])
+@pytest.mark.parametrize("num_queries", [3, 40])  # on symbols, and by matrix products
 @pytest.mark.parametrize("axis", REGIONS)
 def test_fused_products_equal_decode_then_multiply(axis, num_queries):
     for along in ("token", "channel"):

@@ -66,10 +66,10 @@ def test_fractions_need_the_prompt():
 RANKED = ["snapkv:budget=0.5", "snapkv:budget=0.5+int4", "snapstream:budget=0.5", "scissorhands:budget=150,drop=60"]
 
 
-@pytest.mark.parametrize(
-    "text", ["full", "int8", "kivi:bits=2", "h2o:budget=64", "streaming_llm:budget=0.5", "h2o:budget=0.5+int4", *RANKED]
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+FORECAST = ["full", "int8", "kivi:bits=2", "h2o:budget=64", "streaming_llm:budget=0.5", "h2o:budget=0.5+int4", *RANKED]
+
+
+@pytest.mark.parametrize(("text", "dtype"), [*((text, "bfloat16") for text in FORECAST), (FORECAST[2], "float32")])
 def test_forecasts_equal_the_real_caches(text, dtype):
     lengths = [300, 170, 129]
     plan = kvc.parse(text).plan(LAYOUT, max_len=400, prompt_len=max(lengths))

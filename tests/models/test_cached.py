@@ -1,5 +1,6 @@
 """A prompt in chunks and then single tokens, through caches, gives what one pass over the text gives."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,8 @@ import pytest
 import kvcomp_jax as kvc
 from tests.models.golden import ATOL, forward, load
 
+close = jax.jit(lambda prompts: tuple(map(kvc.close_prompt, prompts)))  # op by op, each would compile alone
+settle = jax.jit(lambda caches: tuple(map(kvc.settle, caches)))
 LENGTHS, CHUNK, STEPS = (21, 13), 8, 12  # windows of 8 and 16 tokens, contexts of 32, are passed while decoding
 NAMES = ["gemma2", "gemma3", "gpt2", "llama_dynamic", "mistral_window", "phi3_longrope", "qwen2_window"]
 
@@ -30,12 +33,12 @@ def test_chunks_and_decode_steps_equal_one_pass(name):
             wanted = expected[row, start : start + count]
             np.testing.assert_allclose(logits[row, :count], wanted, rtol=0, atol=ATOL)
 
-    caches = tuple(map(kvc.close_prompt, prompt))
+    caches = close(prompt)
     np.testing.assert_array_equal(kvc.positions(caches[0], 1)[:, 0], lengths)
     every = min(cache.spec.block_size for cache in caches)
     for step in range(STEPS):
         if step % every == 0:
-            caches = tuple(map(kvc.settle, caches))
+            caches = settle(caches)
         here = np.array([1, step % 2], np.int32)
         chosen = jnp.asarray(tokens[np.arange(2), lengths][:, None])
         logits, caches = run(chosen, caches, jnp.asarray(here), logits="last", rope_len=final)

@@ -17,9 +17,8 @@ SWITCHING = ["llama_dynamic", "phi3_longrope"]
 def test_keys_before_rotation_rotated_are_those_of_transformers(name):
     lm, golden = load(name)
     tokens, layout = jnp.asarray(golden["tokens"]), lm.layout
-    captured = lm.model.apply(
-        lm.params, tokens, capture_intermediates=lambda module, _: module.name in ("k_proj", "k_norm")
-    )[1]
+    keys = lambda module, _: module.name in ("k_proj", "k_norm")
+    captured = jax.jit(lambda params, x: lm.model.apply(params, x, capture_intermediates=keys)[1])(lm.params, tokens)
     layers = captured["intermediates"]
     pos = jnp.arange(tokens.shape[1])[None, None]
     for i in range(layout.num_layers):
