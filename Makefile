@@ -8,25 +8,21 @@ BIN := $(VENV)/bin
 TEXT := data/kjv.jsonl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Compiling small programs is most of the fast tests' time, so they ask LLVM for its least and do without Numba's
-# kernels; slow tests run as users do, but for laws.
-QUICK := KVCOMP_WITHOUT=cpu XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
-
 .PHONY: demo test test-slow test-short lint aot test-kernels assets env clean
 
 demo: $(VENV)/.run assets
 	$(BIN)/python -m experiments.compare --text $(TEXT) --out runs/compare
 
 test: $(VENV)/.test
-	$(QUICK) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not real_model" $(ARGS)
+	$(BIN)/python -m pytest --quick -n 2 --dist loadgroup -m "not slow and not real_model" $(ARGS)
 
 test-slow: $(VENV)/.test assets
-	$(QUICK) $(BIN)/python -m pytest tests/laws -n 2 --dist loadgroup -m slow $(ARGS)
+	$(BIN)/python -m pytest --quick tests/laws -n 2 --dist loadgroup -m slow $(ARGS)
 	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest -n 2 -m "slow or real_model" --ignore tests/kernels --ignore tests/laws $(ARGS)
 
 # What a second interpreter is checked with.
 test-short: $(VENV)/.test
-	$(QUICK) $(BIN)/python -m pytest tests/laws/test_attention.py tests/laws/test_codecs.py \
+	$(BIN)/python -m pytest --quick tests/laws/test_attention.py tests/laws/test_codecs.py \
 	  tests/kernels/test_quantized_decode.py tests/methods/test_parse.py tests/methods/test_evicting.py \
 	  tests/models/test_golden.py -n 2 -m "not slow and not real_model" $(ARGS)
 
@@ -43,7 +39,7 @@ aot:
 # Every kernel in its interpreter; Triton's needs a JAX with GPU support, though no GPU.
 test-kernels:
 	$(MAKE) VENV=.venv-aot .venv-aot/.aot
-	$(QUICK) JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/kernels -n 2 -m slow $(ARGS)
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest --quick tests/kernels -n 2 -m slow $(ARGS)
 
 assets: $(VENV)/.model $(TEXT)
 

@@ -1,9 +1,10 @@
-"""Strict JAX, several CPU devices, few and deterministic hypothesis examples.
+"""Strict JAX, several CPU devices, few and deterministic hypothesis examples; `--quick` for quick compilation.
 
 Rank promotion raises. Dtype promotion stays standard: caches hold bfloat16 or float16 beside float32 accumulators, and
 Flax's own layers mix them. Warnings are errors, see pyproject.toml.
 """
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -19,6 +20,20 @@ settings.register_profile("few", max_examples=5, deadline=None, derandomize=True
 settings.load_profile("few")
 
 _ROOM = 5 * 2**30  # bytes a worker may hold in compiled programs and arrays before it forgets them
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="compile quickly rather than well; without Numba's kernels")
+
+
+def pytest_configure(config):
+    """Compiling small programs is most of the tests' time."""
+    if config.getoption("quick"):
+        os.environ["KVCOMP_WITHOUT"] = "cpu"
+        flags = ["--xla_backend_optimization_level=0"]
+        if importlib.metadata.version("jaxlib") < "0.11":  # later ones do not know this flag, and end
+            flags.append("--xla_cpu_use_fusion_emitters=false")
+        os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *flags])
 
 
 @pytest.fixture(autouse=True)
