@@ -24,6 +24,7 @@ from kvcomp_jax.kernels import TierKernel, kernels_in_use
 from kvcomp_jax.methods import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.plan import CachePlan, Layout
 from kvcomp_jax.policies import (
+    Distinct,
     ExpectedAttention,
     HeavyHitter,
     LastQuery,
@@ -54,6 +55,7 @@ __all__ = [
     "Codec",
     "Constant",
     "Context",
+    "Distinct",
     "ExpectedAttention",
     "Float4",
     "Float8",

@@ -1,7 +1,7 @@
 """A layer's cache: sinks, an exact window, a ladder of rungs; how tokens enter it and settle."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +113,19 @@ def thin(cache: LayerCache) -> LayerCache:
     spec = cache.spec
     if not spec.drop:
         return cache
-    return dataclasses.replace(cache, tiers=(*cache.tiers[:-1], empty_lowest(cache.tiers[-1], spec.policy, spec.drop)))
+    *upper, last = cache.tiers
+    return dataclasses.replace(cache, tiers=(*upper, empty_lowest(last, lambda: _scores(cache, last), spec.drop)))
+
+
+def _scores(cache: LayerCache, tier: Tier) -> jax.Array:
+    """A policy's scores of a ranked rung's tokens; where keys matter, judged together with those of the window."""
+    policy, pos = cache.spec.policy, cast(jax.Array, tier.pos)
+    if not policy.judges_keys:
+        return policy.score(tier.stat, pos)
+    recent = jnp.broadcast_to(window_pos(cache), cache.window.k.shape[:3])
+    k = jnp.concatenate([tier.k_codec.decode(tier.k, pos).astype(cache.window.k.dtype), cache.window.k], 2)
+    stat = jax.tree.map(lambda x, y: jnp.concatenate([x, y], 2), tier.stat, cache.window.stat)
+    return policy.judge(stat, k, jnp.concatenate([pos, recent], 2))[..., : tier.capacity]
 
 
 def append(cache: LayerCache, k: jax.Array, v: jax.Array, length: jax.Array | None = None) -> LayerCache:

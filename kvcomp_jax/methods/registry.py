@@ -240,6 +240,6 @@ def _compose(whole: Method, specs: list[LayerSpec]) -> LayerSpec:
         )
     policy = dataclasses.replace(select.policy, num_sinks=sinks)
     reserve = -(-later // block) * block
-    rung = dataclasses.replace(final, capacity=capacity + reserve, reserve=reserve)
+    rung = dataclasses.replace(final, capacity=capacity + reserve, reserve=reserve, heads=select.heads)
     kept = {"drop": select.drop, "close_gap": select.close_gap}
     return LayerSpec(rungs=(rung,), policy=policy, window=window, block_size=block, **kept)

@@ -1,6 +1,7 @@
 """Which tokens are worth keeping: one policy a file."""
 
 from kvcomp_jax.policies.base import Policy, Probes, Prompt, Stat, Step
+from kvcomp_jax.policies.distinct import Distinct
 from kvcomp_jax.policies.expected_attention import ExpectedAttention
 from kvcomp_jax.policies.heavy_hitter import HeavyHitter
 from kvcomp_jax.policies.last_query import LastQuery
@@ -11,6 +12,7 @@ from kvcomp_jax.policies.saliency import Saliency
 from kvcomp_jax.policies.window_vote import WindowVote
 
 __all__ = [
+    "Distinct",
     "ExpectedAttention",
     "HeavyHitter",
     "LastQuery",

@@ -112,6 +112,16 @@ class Policy:
         return True
 
     @property
+    def pools_heads(self) -> bool:
+        """Whether the KV heads of a row share its slots, as many for each as `least_share` and scores give it."""
+        return False
+
+    @property
+    def judges_keys(self) -> bool:
+        """Whether tokens are ranked by their keys, too, see `judge`."""
+        return False
+
+    @property
     def looks_at_prompt(self) -> bool:
         """Whether reading a prompt must do more for this policy than attend."""
         return self.keeps_stat or self.num_probes(1) > 0
@@ -177,3 +187,13 @@ class Policy:
         `stat` is `from_prompt`'s for a prompt, and in a cache None if caches carry no statistic.
         """
         raise NotImplementedError(f"{type(self).__name__} must define score.")
+
+    def judge(self, stat: Stat | None, k: jax.Array, pos: jax.Array) -> jax.Array:
+        """Worth of tokens that are ranked together, f32[B, K, S], from their keys, too: of prompts, and as rungs fill.
+
+        Args:
+          stat: As in `score`, which this is by default.
+          k: [B, K, S, D], as stored. pos: i32[B, K, S], -1 = none.
+        """
+        del k
+        return self.score(stat, pos)
