@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kvcomp_jax.attention import check_qkv
 from kvcomp_jax.codecs import Identity
-from kvcomp_jax.ladder import Block, empty_lowest, push
+from kvcomp_jax.ladder import Block, empty_lowest, keep_best, push
 from kvcomp_jax.policies import Stat
 from kvcomp_jax.spec import LayerSpec
 from kvcomp_jax.tiers import Tier, init_tier, ring_index
@@ -103,6 +103,10 @@ def settle(cache: LayerCache) -> LayerCache:
         pos=jnp.broadcast_to(pos[:, None], (*heads, size)),
         stat=rows.stat,
     )
+    if spec.keep < 1:
+        block = keep_best(block, spec.policy, max(round(spec.keep * size), 1))
+    if spec.policy.ranks_once:
+        block = dataclasses.replace(block, stat=None)
     if spec.policy.admits_later:
         tiers = push(tiers, block, due, spec.policy)
     return thin(dataclasses.replace(cache, tiers=tiers, settled=cache.settled + jnp.where(due, size, 0)))

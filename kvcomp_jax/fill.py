@@ -14,8 +14,10 @@ from kvcomp_jax.policies import PromptRank
 from kvcomp_jax.tiers import Tier, arranged, ring_index
 
 
-def fill(cache: LayerCache, prompt: Exact, length: jax.Array) -> LayerCache:
+def fill(cache: LayerCache, prompt: Exact, length: jax.Array, pos: jax.Array | None = None) -> LayerCache:
     """Distribute a prompt [B, K, S, D] of length i32[B] over an empty cache.
+
+    `pos` i32[B, S] says where its tokens stand in the text if some were left out before, none of the window's.
 
     The most recent `window` tokens stay exact. By age, the rest settles in whole blocks as it would have in a stream.
     Ranked, the best tokens fill the rungs from the top, each rung in order of position; if there are more than fit,
@@ -25,13 +27,23 @@ def fill(cache: LayerCache, prompt: Exact, length: jax.Array) -> LayerCache:
     after_sinks = jnp.maximum(length - policy.num_sinks, 0)
     old = jnp.maximum(after_sinks - cache.window_limit, 0)
     settled = _whole_blocks(cache, old) if cache.spec.rungs else jnp.zeros_like(old)
+    gone = _left_out(pos, length)
+    settled = jnp.where(gone > 0, old, settled)  # the window is read by position, and takes none from before the gaps
     here = prompt
     if cache.spec.heads is not None:
         here = jax.tree.map(lambda x: x[:, jnp.array(cache.spec.heads)], prompt)
     cache = dataclasses.replace(cache, tiers=_fit(cache.tiers, here, length))
-    tiers = _fill_by_age(cache, here, settled) if policy.fifo else _fill_by_score(cache, here, settled, length)
-    filled = dataclasses.replace(cache, tiers=tiers, settled=settled)
-    return thin(overlay(filled, prompt, jnp.zeros_like(length), length))
+    tiers = _fill_by_age(cache, here, settled) if policy.fifo else _fill_by_score(cache, here, settled, length, pos)
+    filled = dataclasses.replace(cache, tiers=tiers, settled=settled + gone)
+    return thin(overlay(filled, prompt, -gone, length + gone))
+
+
+def _left_out(pos: jax.Array | None, length: jax.Array) -> jax.Array:
+    """How many tokens of the text are not among those that stand at pos i32[B, S], i32[B]."""
+    if pos is None:
+        return jnp.zeros_like(length)
+    last = jnp.take_along_axis(pos, jnp.maximum(length - 1, 0)[:, None], 1)[:, 0]
+    return jnp.where(length > 0, last + 1 - length, 0)
 
 
 def _fit(tiers: tuple[Tier, ...], prompt: Exact, length: jax.Array) -> tuple[Tier, ...]:
@@ -109,7 +121,9 @@ def _fill_by_age(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tuple[
     return tuple(tiers)
 
 
-def _fill_by_score(cache: LayerCache, prompt: Exact, settled: jax.Array, length: jax.Array) -> tuple[Tier, ...]:
+def _fill_by_score(
+    cache: LayerCache, prompt: Exact, settled: jax.Array, length: jax.Array, text: jax.Array | None
+) -> tuple[Tier, ...]:
     """The highest scores first, lower index first among equals: as many as a rung has room for, or its share."""
     policy, num_slots = cache.spec.policy, prompt.k.shape[2]
     place = jnp.arange(num_slots, dtype=jnp.int32)[None]
@@ -123,7 +137,7 @@ def _fill_by_score(cache: LayerCache, prompt: Exact, settled: jax.Array, length:
     tiers, first = [], jnp.zeros_like(settled)
     for tier, room in zip(cache.tiers, _room(cache), strict=True):
         here = room if tier.keeps is None else settled // cache.spec.block_size * tier.keeps
-        count = jnp.clip(settled - first, 0, jnp.minimum(here, room))
+        count = jnp.clip(settled - first, 0, jnp.minimum(here, room)) // tier.unit * tier.unit
         slot = jnp.arange(tier.capacity, dtype=jnp.int32)[None]
         rank = slot + first[:, None]
         live = slot < count[:, None]
@@ -131,8 +145,10 @@ def _fill_by_score(cache: LayerCache, prompt: Exact, settled: jax.Array, length:
         index = jnp.sort(jnp.where(live[:, None], index, num_slots), -1)
         rows = gather(prompt, index)
         k, v, (index, stat) = arranged(tier, rows.k, rows.v, (index, rows.stat))
-        k, v = tier.k_codec.encode(k, index), tier.v_codec.encode(v, index)
         kept = jnp.where(index < num_slots, index, -1)
+        if text is not None:
+            kept = jnp.where(kept >= 0, jnp.take_along_axis(text[:, None], index, -1, mode="clip"), -1)
+        k, v = tier.k_codec.encode(k, kept), tier.v_codec.encode(v, kept)
         if tier.stat is None:
             stat = None
         else:

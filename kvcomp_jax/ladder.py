@@ -121,6 +121,13 @@ def _insert_ranked(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> 
     return dataclasses.replace(tier, entered=entered, **kept), dataclasses.replace(block, **out)
 
 
+def keep_best(block: Block, policy: Policy, num: int) -> Block:
+    """The block without all but its `num` highest scores and those that are infinite."""
+    score = policy.score(block.stat, block.pos)
+    rank = jnp.argsort(jnp.argsort(-score, -1, stable=True), -1)
+    return dataclasses.replace(block, pos=jnp.where((rank < num) | (score == jnp.inf), block.pos, -1))
+
+
 def empty_lowest(tier: Tier, score: Callable[[], jax.Array], drop: int | float) -> Tier:
     """Evict a share, or an int of tokens, of a ranked rung where no unit is empty: those with the lowest scores.
 

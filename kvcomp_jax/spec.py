@@ -72,6 +72,8 @@ class LayerSpec:
         read exactly either way.
       drop: Share of the last rung's tokens, or as an int how many, that are evicted at once when the rung is full, so
         that it then has room for a while; 0 makes room only for the tokens that come.
+      keep: Share of each block that settles after the prompt, at least a token, those with the highest scores, and all
+        whose score is infinite; the rest is evicted.
       close_gap: How keys rotate, to read sinks as if evicted tokens had never stood between them and the rest, by
         positions counted in the cache; None reads them at their positions in the text.
     """
@@ -83,6 +85,7 @@ class LayerSpec:
     sliding_window: int | None = None
     prefill: Literal["exact", "stored"] = "exact"
     drop: int | float = 0.0
+    keep: float = 1.0
     close_gap: Rotary | None = None
 
     def __post_init__(self) -> None:
@@ -100,6 +103,8 @@ class LayerSpec:
         most = math.inf if isinstance(self.drop, int) else 1
         if not 0 <= self.drop <= most or (self.drop and (self.policy.fifo or not self.rungs or self.divided)):
             raise ValueError(f"drop={self.drop} must be a share in [0, 1] or an int, of a rung that ranks its tokens.")
+        if not 0 < self.keep <= 1 or (self.keep < 1 and (self.policy.fifo or self.divided or self.steps[0] > 1)):
+            raise ValueError(f"keep={self.keep} must be in (0, 1], of blocks of single tokens that are ranked.")
         if self.close_gap is not None and not self.policy.fifo:
             raise ValueError(f"close_gap needs a policy that goes by age (Recency), got {type(self.policy).__name__}.")
         if self.divided:
@@ -134,6 +139,11 @@ class LayerSpec:
     def heads(self) -> tuple[int, ...] | None:
         """KV heads that have slots on the rungs; None: all."""
         return self.rungs[0].heads if self.rungs else None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt that a row keeps."""
+        return self.policy.num_sinks + self.window + sum(rung.capacity - rung.reserve for rung in self.rungs)
 
     @property
     def divided(self) -> bool:

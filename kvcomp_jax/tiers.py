@@ -74,7 +74,7 @@ def init_tier(
     pooled = num_kv_heads if spec.policy.pools_heads else 1
     num_kv_heads, capacity = num_kv_heads // pooled, rung.capacity * pooled
     slots = (batch, num_kv_heads, capacity)
-    ranked = not spec.policy.fifo and keeps is None
+    ranked, once = not spec.policy.fifo and keeps is None, spec.policy.ranks_once
     asked = keeps is not None and (spec.sliding_window is not None or rung.k.uses_pos or rung.v.uses_pos)
 
     def nothing(codec: Codec) -> Encoded:  # arrays of its own for each call: a donated cache may share none
@@ -87,7 +87,7 @@ def init_tier(
         k=nothing(k_codec),
         v=nothing(v_codec),
         pos=jnp.full(slots, -1, jnp.int32) if ranked or asked else None,
-        stat=spec.policy.new_stat(slots) if spec.policy.keeps_stat and ranked else None,
+        stat=spec.policy.new_stat(slots) if spec.policy.keeps_stat and ranked and not once else None,
         head=jnp.zeros(slots, jnp.uint8) if pooled > 1 else None,
         entered=jnp.zeros(batch, jnp.int32),
         limit=jnp.full(batch, capacity, jnp.int32),

@@ -8,7 +8,10 @@ from kvcomp_jax.policies.last_query import LastQuery
 from kvcomp_jax.policies.persistence import Persistence
 from kvcomp_jax.policies.prompt_rank import PromptRank
 from kvcomp_jax.policies.recency import Recency
+from kvcomp_jax.policies.rehearsed import Rehearsed
 from kvcomp_jax.policies.saliency import Saliency
+from kvcomp_jax.policies.tail_vote import TailVote
+from kvcomp_jax.policies.value_weighted import ValueWeighted
 from kvcomp_jax.policies.window_vote import WindowVote
 
 __all__ = [
@@ -22,8 +25,11 @@ __all__ = [
     "Prompt",
     "PromptRank",
     "Recency",
+    "Rehearsed",
     "Saliency",
     "Stat",
     "Step",
+    "TailVote",
+    "ValueWeighted",
     "WindowVote",
 ]
