@@ -29,9 +29,8 @@ def hand_on(prompt: PromptCache, following: PromptCache) -> tuple[jax.Array, jax
     Returns:
       Their indices i32[B, n] among those of `prompt`, and how many of the n each row has, i32[B].
     """
-    staged, base, after = (cast(object, x) for x in (prompt.staged, prompt.base, following.base))
-    staged, base, after = cast(Exact, staged), cast(LayerCache, base), cast(LayerCache, after)
-    score = prompt.policy.worth_passing(as_seen(prompt, base, staged), base.window_limit)  # type: ignore[union-attr]
+    staged, base, after = cast(Exact, prompt.staged), cast(LayerCache, prompt.base), cast(LayerCache, following.base)
+    score = base.spec.policy.worth_passing(as_seen(prompt, base, staged), base.window_limit)
     num_tokens, most = score.shape[1], cast(Exact, following.staged).k.shape[2]
     num = jnp.minimum(_room(after), prompt.filled)
     best = lax.top_k(score, most)[1].astype(jnp.int32)

@@ -165,7 +165,6 @@ FORMS = {
     "zipcache:block_size=40",
     "snapkv:budget=120,window=16+kivi:bits=4",
     "scissorhands:budget=0.5,history=40,num_sinks=1",
-    "r_kv:budget=0.5,buffer=12,recent=5,num_sinks=1",
     "ada_kv:budget=120,window=16+kivi:bits=4",
     DUO,
     PYRAMID,

@@ -174,6 +174,20 @@ def test_later_tokens_are_thinned_by_the_block_and_the_prompts_never():
     assert len(sets) < prompt + steps - 20
 
 
+def test_what_is_handed_on_can_be_quantised():
+    """Units of codes cost a layer fewer tokens than a unit and a block; whatever comes later is kept."""
+    lm, _ = golden.load("llama")
+    text = "pyramid_infer:decay=0.3,min_context=8,exceed=8"
+    _, _, exact = read(lm, [150], text)
+    _, logits, caches = read(lm, [150], f"{text}+int4:group_size=16")
+    for cache, plain in zip(caches, exact, strict=True):
+        assert cache.spec.keep == 1.0
+        lost = len(held(plain)[0]) - len(held(cache)[0])
+        assert 0 <= lost < cache.spec.block_size + cache.tiers[0].unit
+        np.testing.assert_array_equal(cache.length, 150)
+    assert bool(jnp.isfinite(logits).all())
+
+
 def test_kept_shares_of_blocks_fall_with_depth():
     layout = kvc.Layout(num_layers=32, num_kv_heads=2, head_dim=64)
     specs = kvc.parse("pyramid_infer").plan(layout, max_len=1500, prompt_len=1000).specs

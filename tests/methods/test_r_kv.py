@@ -1,5 +1,7 @@
 """Faithfulness of R-KV: what it keeps and when, against its formulas in numpy, in float64."""
 
+import itertools
+
 import chex
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +113,25 @@ def test_copies_go_and_the_newest_of_them_stays():
     _, cache = prefill(cache, q * 0, k, v)
     for head in held(cache):
         assert set(copies.tolist()) & head == {42}
+
+
+def test_quantised_tokens_go_by_the_unit():
+    prompt, steps, budget, buffer = 120, 70, 80, 16
+    q, k, v = qkv(6, 1, prompt + steps)
+    text = f"r_kv:budget={budget},buffer={buffer},recent=5+int4"
+    cache = make(text, batch=1, num_kv_heads=2, max_len=prompt + steps, prompt_lens=[prompt])
+    block = cache.spec.block_size
+    assert (cache.spec.drop, cache.tiers[0].unit) == (buffer, 8)
+    _, cache = prefill(cache, *(x[:, :prompt] for x in (q, k, v)))
+    sizes = []
+    for t in range(prompt, prompt + steps):
+        out, cache = decode(cache, *(x[:, t : t + 1] for x in (q, k, v)))
+        cache = settle(cache)
+        assert bool(jnp.isfinite(out).all())
+        sizes.append(len(held(cache)[0]))
+        assert set(range(t - 4, t + 1)) <= held(cache)[0]
+    assert budget - 2 * block <= min(sizes) < max(sizes) <= budget + buffer + block
+    assert sorted({x - y for x, y in itertools.pairwise(sizes)})[-1] == buffer - 1
 
 
 def test_defaults_are_the_papers():
