@@ -20,10 +20,12 @@ from kvcomp_jax.codecs import (
     Sketched,
     TensorTrain,
 )
+from kvcomp_jax.handed import hand_on, hands_on
 from kvcomp_jax.kernels import TierKernel, kernels_in_use
 from kvcomp_jax.methods import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.plan import CachePlan, Layout
 from kvcomp_jax.policies import (
+    Distinct,
     ExpectedAttention,
     HeavyHitter,
     LastQuery,
@@ -32,10 +34,13 @@ from kvcomp_jax.policies import (
     Probes,
     Prompt,
     Recency,
+    Rehearsed,
     Saliency,
+    TailVote,
+    ValueWeighted,
     WindowVote,
 )
-from kvcomp_jax.prompt import PromptCache, attend, close_prompt, detach, open_prompt, positions, prefill
+from kvcomp_jax.prompt import PromptCache, attend, close_prompt, detach, open_prompt, peak_attention, positions, prefill
 from kvcomp_jax.read import decode
 from kvcomp_jax.rotary import Rotary
 from kvcomp_jax.rows import free_row, insert_row
@@ -54,6 +59,7 @@ __all__ = [
     "Codec",
     "Constant",
     "Context",
+    "Distinct",
     "ExpectedAttention",
     "Float4",
     "Float8",
@@ -75,13 +81,16 @@ __all__ = [
     "Prompt",
     "PromptCache",
     "Recency",
+    "Rehearsed",
     "Rotary",
     "Rotated",
     "Rung",
     "Saliency",
     "Sketched",
+    "TailVote",
     "TensorTrain",
     "TierKernel",
+    "ValueWeighted",
     "WindowVote",
     "attend",
     "causal_attention",
@@ -91,6 +100,8 @@ __all__ = [
     "finalize",
     "forecast",
     "free_row",
+    "hand_on",
+    "hands_on",
     "init",
     "insert_row",
     "kernels_in_use",
@@ -101,6 +112,7 @@ __all__ = [
     "nbytes",
     "open_prompt",
     "parse",
+    "peak_attention",
     "positions",
     "prefill",
     "psum_merge",

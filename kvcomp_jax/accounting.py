@@ -73,7 +73,10 @@ def forecast(plan: CachePlan, lengths: Sequence[int], dtype: Any) -> Bytes:
 
 
 def live_tokens(cache: LayerCache) -> np.ndarray:
-    """Tokens that each row holds for one KV head, sinks, window and rungs together: i64[B]."""
+    """Tokens that each row holds for one KV head, sinks, window and rungs together: i64[B].
+
+    The mean where heads share slots; where some heads have none on the rungs, of one that has.
+    """
     held = _occupancy(cache)
     return held.sinks + held.window + sum(held.tiers)
 
@@ -109,12 +112,13 @@ def _layer_bytes(cache: LayerCache, held: _Occupancy) -> tuple[int, int]:
     payload = heads * exact * int((held.sinks + held.window).sum())
     metadata = heads * int(held.window.sum()) * _stat_bytes(cache.window.stat)
     for tier, live in zip(cache.tiers, held.tiers, strict=True):
+        served, per_token = heads if tier.heads is None else len(tier.heads), _stat_bytes((tier.stat, tier.head))
         for tokens in map(int, live):
             for codec in (tier.k_codec, tier.v_codec):
-                total, extra = codec.size(tokens, heads, head_dim)
+                total, extra = codec.size(tokens, served, head_dim)
                 payload += (total - extra) // 8
                 metadata += extra // 8
-            metadata += heads * tokens * (4 * (tier.pos is not None) + _stat_bytes(tier.stat))
+            metadata += served * tokens * (4 * (tier.pos is not None) + per_token)
         payload -= _spare_bits(cache, tier) // 8
     counters = [cache.length, cache.settled, cache.window_limit]
     counters += [x for tier in cache.tiers for x in (tier.entered, tier.limit)]
@@ -124,7 +128,7 @@ def _layer_bytes(cache: LayerCache, held: _Occupancy) -> tuple[int, int]:
 
 
 def _stat_bytes(stat: Any) -> int:
-    """Bytes of one token's statistic, arrays [B, K, S, ...]."""
+    """Bytes of what is kept beside one token, arrays [B, K, S, ...]."""
     return sum(x.dtype.itemsize * math.prod(x.shape[3:]) for x in jax.tree.leaves(stat))
 
 
@@ -150,7 +154,7 @@ def _occupancy(cache: LayerCache) -> _Occupancy:
         if tier.pos is None:
             tiers.append(np.minimum(np.asarray(tier.entered, np.int64), np.asarray(tier.limit)))
         else:
-            tiers.append((np.asarray(tier.pos) >= 0).sum((1, 2)) // tier.pos.shape[1])
+            tiers.append((np.asarray(tier.pos) >= 0).sum((1, 2)) // (tier.pos.shape[1] * tier.pooled))
     return _Occupancy(sinks=length - after_sinks, window=window, tiers=tuple(tiers))
 
 
@@ -167,7 +171,8 @@ def _after_prompt(spec: LayerSpec, length: int) -> _Occupancy:
         tiers.append(np.array([min(share, room)]))
         left -= share
     if spec.drop and tiers[-1] == spec.rungs[-1].capacity:
-        tiers[-1] -= round(spec.rungs[-1].capacity * spec.drop)
+        capacity, drop = spec.rungs[-1].capacity, spec.drop
+        tiers[-1] -= min(drop, capacity) if isinstance(drop, int) else round(capacity * drop)
     window = after_sinks - settled if spec.rungs else min(after_sinks, spec.window)
     return _Occupancy(np.array([length - after_sinks]), np.array([window]), tuple(tiers))
 

@@ -1,5 +1,7 @@
 """How much of each, per layer."""
 
+import math
+
 
 def pyramid(total_tokens: int, num_layers: int, *, ratio: float = 4.0) -> tuple[int, ...]:
     """Share a token budget over layers, falling linearly from first to last.
@@ -36,3 +38,35 @@ def pyramid(total_tokens: int, num_layers: int, *, ratio: float = 4.0) -> tuple[
             "take more tokens or a smaller ratio."
         )
     return tuple(budgets)
+
+
+def falling(at: float, last: float, schedule: str = "cosine") -> float:
+    """A factor that falls from 1 at=0 to `last` at=1, along half a cosine or a line."""
+    if schedule not in ("cosine", "linear"):
+        raise ValueError(f"schedule={schedule!r} must be 'cosine' or 'linear'.")
+    left = (math.cos(math.pi * at) + 1) / 2 if schedule == "cosine" else 1 - at
+    return (1 - last) * left + last
+
+
+def nested(
+    num_tokens: int, num_layers: int, *, decay: float, interval: int = 1, schedule: str = "cosine", least: int = 0
+) -> tuple[int, ...]:
+    """How many of `num_tokens` each layer sees if every `interval` layers only a share is passed on.
+
+    The share falls from 1 in the first layer towards `decay`, see `falling`; shares multiply, rounded down each time.
+    Where no more than `least` tokens would be left, all are passed on.
+
+    Raises:
+      ValueError: If `decay` is not in (0, 1], `interval` below 1, or the schedule unknown.
+
+    Source: PyramidInfer, Yang et al. 2024, arXiv:2405.12532; its linear schedule rises, and its code does not use it.
+    """
+    if not 0 < decay <= 1 or interval < 1:
+        raise ValueError(f"decay={decay} must be in (0, 1] and interval={interval} at least 1.")
+    seen = [num_tokens]
+    shares = [falling(layer / num_layers, decay, schedule) for layer in range(num_layers)]
+    for layer, share in enumerate(shares[:-1]):
+        passed = int(seen[-1] * share)
+        prunes = layer % interval == 0 and share < 1 and passed > least and seen[-1] > least
+        seen.append(passed if prunes else seen[-1])
+    return tuple(seen)

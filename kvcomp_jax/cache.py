@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from kvcomp_jax.attention import check_qkv
 from kvcomp_jax.codecs import Identity
-from kvcomp_jax.ladder import Block, empty_lowest, push
+from kvcomp_jax.ladder import Block, empty_lowest, keep_best, push
 from kvcomp_jax.policies import Stat
 from kvcomp_jax.spec import LayerSpec
 from kvcomp_jax.tiers import Tier, init_tier, ring_index
@@ -110,6 +110,10 @@ def settle(cache: LayerCache) -> LayerCache:
         pos=jnp.broadcast_to(pos[:, None], (*heads, size)),
         stat=rows.stat,
     )
+    if spec.keep < 1:
+        block = keep_best(block, spec.policy, max(round(spec.keep * size), 1))
+    if spec.policy.ranks_once:
+        block = dataclasses.replace(block, stat=None)
     if spec.policy.admits_later:
         tiers = push(tiers, block, due, spec.policy)
     return thin(dataclasses.replace(cache, tiers=tiers, settled=cache.settled + jnp.where(due, size, 0)))
@@ -120,7 +124,19 @@ def thin(cache: LayerCache) -> LayerCache:
     spec = cache.spec
     if not spec.drop:
         return cache
-    return dataclasses.replace(cache, tiers=(*cache.tiers[:-1], empty_lowest(cache.tiers[-1], spec.policy, spec.drop)))
+    *upper, last = cache.tiers
+    return dataclasses.replace(cache, tiers=(*upper, empty_lowest(last, lambda: _scores(cache, last), spec.drop)))
+
+
+def _scores(cache: LayerCache, tier: Tier) -> jax.Array:
+    """A policy's scores of a ranked rung's tokens; where keys matter, judged together with those of the window."""
+    policy, pos = cache.spec.policy, cast(jax.Array, tier.pos)
+    if not policy.judges_keys:
+        return policy.score(tier.stat, pos)
+    recent = jnp.broadcast_to(window_pos(cache), cache.window.k.shape[:3])
+    k = jnp.concatenate([tier.k_codec.decode(tier.k, pos).astype(cache.window.k.dtype), cache.window.k], 2)
+    stat = jax.tree.map(lambda x, y: jnp.concatenate([x, y], 2), tier.stat, cache.window.stat)
+    return policy.judge(stat, k, jnp.concatenate([pos, recent], 2))[..., : tier.capacity]
 
 
 def append(cache: LayerCache, k: jax.Array, v: jax.Array, length: jax.Array | None = None) -> LayerCache:

@@ -47,9 +47,14 @@ def kernels_in_use(cache: LayerCache, *, num_heads: int | None = None) -> tuple[
 def _of_tier(cache: LayerCache, tier: Tier, queries: Queries) -> TierKernel:
     codecs = (tier.k_codec.name, tier.v_codec.name)
     tier, policy = as_stored(tier), cache.spec.policy
+    if tier.heads is not None:
+        rows = (queries.q.shape[0], len(tier.heads), *queries.q.shape[2:])
+        queries = dataclasses.replace(queries, q=jax.ShapeDtypeStruct(rows, jnp.float32))
     why = None
     if tier.stat is not None and policy.needs_probs:
         why = f"{type(policy).__name__} needs each token's probability, which the fused read does not return."
+    elif tier.head is not None:
+        why = "KV heads share its slots, which fused reads do not know."
     elif fused_kernel(tier) is None:
         why = f"no fused read for keys of {codecs[0]} and values of {codecs[1]}."
     elif queries.q.shape[2] > FUSED_ROWS:

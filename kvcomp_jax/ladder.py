@@ -1,6 +1,7 @@
 """Tokens on the move: blocks enter a rung, what gives way goes to the next, and off the last one it is evicted."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcomp_jax.codecs import Codec, Encoded
+from kvcomp_jax.heads import owners, side_by_side
 from kvcomp_jax.policies import Policy, Stat
 from kvcomp_jax.tiers import Tier, arranged
 from kvcomp_jax.types import pytree
+
+_PARTS = ("k", "v", "pos", "stat", "head")  # of tiers and blocks: what moves with a token
 
 
 @pytree
@@ -23,11 +27,14 @@ class Block:
     v: Encoded
     pos: jax.Array  # i32[B, K, P], -1 = no token
     stat: Stat | None  # [B, K, P, ...]
+    head: jax.Array | None = None  # u8[B, 1, P], as in `Tier`
 
 
 def push(tiers: tuple[Tier, ...], block: Block, due: jax.Array, policy: Policy) -> tuple[Tier, ...]:
     """Put a block on the first rung and what each rung displaces on the next, in rows that are due (bool[B])."""
-    moved = []
+    moved, these = [], tiers[0].heads
+    if these is not None:
+        block = dataclasses.replace(block, **jax.tree.map(lambda x: x[:, jnp.array(these)], _moving(block)))
     for tier in tiers:
         tier, block = insert(tier, block, due, policy)
         moved.append(tier)
@@ -43,6 +50,10 @@ def insert(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tuple[Ti
     """
     if tier.keeps is not None:
         return _insert_share(tier, block, due, policy, tier.keeps)
+    if tier.head is not None:
+        batch, heads, size = block.pos.shape
+        together = jax.tree.map(side_by_side, _moving(block))
+        block = dataclasses.replace(block, head=owners(batch, heads, size), **together)
     block = _transcode(block, tier)
     return _insert_fifo(tier, block, due, policy) if policy.fifo else _insert_ranked(tier, block, due, policy)
 
@@ -89,8 +100,8 @@ def _insert_ranked(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> 
     """Replace the units with the lowest scores, among the rung's and the block's."""
     num_units, num_new = tier.capacity // tier.unit, block.pos.shape[-1] // tier.unit
     usable = (jnp.arange(num_units) * tier.unit)[None] < tier.limit[:, None]
-    mine = jnp.where(usable[:, None], _unit_scores(policy, tier.stat, tier.pos, tier.unit), jnp.inf)
-    theirs = _unit_scores(policy, block.stat, block.pos, tier.unit)
+    mine = jnp.where(usable[:, None], _unit_means(policy.score(tier.stat, tier.pos), tier.pos, tier.unit), jnp.inf)
+    theirs = _unit_means(policy.score(block.stat, block.pos), block.pos, tier.unit)
     victims = lax.top_k(-jnp.concatenate([mine, theirs], -1), num_new)[1]  # [B, K, n]
     from_tier = victims < num_units
     stored, moving = _stored(tier), _moving(block)
@@ -110,16 +121,28 @@ def _insert_ranked(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> 
     return dataclasses.replace(tier, entered=entered, **kept), dataclasses.replace(block, **out)
 
 
-def empty_lowest(tier: Tier, policy: Policy, share: float) -> Tier:
-    """Evict a share of a ranked rung's usable units, the lowest scores, in rows and heads where none is empty."""
+def keep_best(block: Block, policy: Policy, num: int) -> Block:
+    """The block without all but its `num` highest scores and those that are infinite."""
+    score = policy.score(block.stat, block.pos)
+    rank = jnp.argsort(jnp.argsort(-score, -1, stable=True), -1)
+    return dataclasses.replace(block, pos=jnp.where((rank < num) | (score == jnp.inf), block.pos, -1))
+
+
+def empty_lowest(tier: Tier, score: Callable[[], jax.Array], drop: int | float) -> Tier:
+    """Evict a share, or an int of tokens, of a ranked rung where no unit is empty: those with the lowest scores.
+
+    Rows and heads decide alone. `score()` gives the tokens' scores, f32[B, K, S]; it is called where it is needed.
+    """
     num_units = tier.capacity // tier.unit
     limit = tier.limit // tier.unit
     usable = (jnp.arange(num_units)[None] < limit[:, None])[:, None]
 
     def empty(pos: jax.Array) -> jax.Array:
-        score = jnp.where(usable, _unit_scores(policy, tier.stat, pos, tier.unit), jnp.inf)
-        rank = jnp.argsort(jnp.argsort(score, -1, stable=True), -1)
-        num = jnp.round(limit.astype(jnp.float32) * share).astype(jnp.int32)
+        worth = jnp.where(usable, _unit_means(score(), pos, tier.unit), jnp.inf)
+        rank = jnp.argsort(jnp.argsort(worth, -1, stable=True), -1)
+        num = -(-drop // tier.unit) * jnp.ones_like(limit)
+        if isinstance(drop, float):
+            num = jnp.round(limit.astype(jnp.float32) * drop).astype(jnp.int32)
         lowest = full & (rank < num[:, None, None]) & usable
         return jnp.where(jnp.repeat(lowest, tier.unit, -1), -1, pos)
 
@@ -168,17 +191,17 @@ def expand(mask: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _stored(tier: Tier) -> dict[str, Any]:
-    return {name: getattr(tier, name) for name in ("k", "v", "pos", "stat") if getattr(tier, name) is not None}
+    return {name: getattr(tier, name) for name in _PARTS if getattr(tier, name) is not None}
 
 
 def _moving(block: Block) -> dict[str, Any]:
-    return {name: getattr(block, name) for name in ("k", "v", "pos", "stat") if getattr(block, name) is not None}
+    return {name: getattr(block, name) for name in _PARTS if getattr(block, name) is not None}
 
 
-def _unit_scores(policy: Policy, stat: Stat | None, pos: jax.Array, size: int) -> jax.Array:
+def _unit_means(score: jax.Array, pos: jax.Array, size: int) -> jax.Array:
     """Mean score of the live tokens of each unit, -inf where there are none: f32[B, K, units]."""
     live = (pos >= 0).reshape(*pos.shape[:2], -1, size)
-    total = jnp.where(live, policy.score(stat, pos).reshape(live.shape), 0.0).sum(-1)
+    total = jnp.where(live, score.reshape(live.shape), 0.0).sum(-1)
     count = live.sum(-1)
     return jnp.where(count > 0, total / jnp.maximum(count, 1), -jnp.inf)
 
@@ -193,4 +216,4 @@ def _transcode(block: Block, tier: Tier) -> Block:
     if not any(same):
         rows[0], rows[1], (pos, stat) = arranged(tier, rows[0], rows[1], (pos, stat))
     k, v = (x if kept else c.encode(x, pos) for x, c, kept in zip(rows, new, same, strict=True))
-    return Block(k_codec=tier.k_codec, v_codec=tier.v_codec, k=k, v=v, pos=pos, stat=stat)
+    return Block(k_codec=tier.k_codec, v_codec=tier.v_codec, k=k, v=v, pos=pos, stat=stat, head=block.head)

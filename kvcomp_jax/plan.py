@@ -126,7 +126,7 @@ def _limited(cache: LayerCache, specs: list[LayerSpec]) -> LayerCache:
             raise ValueError("prefill='stored' needs one budget for all rows: state it in tokens, not as a fraction.")
     room = jnp.array([_for_prompt(spec)[1:] for spec in specs], jnp.int32)
     tiers = tuple(
-        dataclasses.replace(tier, limit=room[:, i] + rung.reserve)
+        dataclasses.replace(tier, limit=(room[:, i] + rung.reserve) * tier.pooled)
         for i, (tier, rung) in enumerate(zip(cache.tiers, cache.spec.rungs, strict=True))
     )
     return dataclasses.replace(cache, tiers=tiers, window_limit=jnp.array([s.window for s in specs], jnp.int32))
@@ -181,5 +181,6 @@ def _cut(spec: LayerSpec, num_tokens: int) -> LayerSpec:
 def _bits(spec: LayerSpec, num_kv_heads: int, head_dim: int) -> int:
     """Allocated bits a row with 16-bit exact tokens."""
     bound = spec.bind(jnp.bfloat16)
-    rungs = sum(c.size(r.capacity, num_kv_heads, head_dim)[0] for r in bound.rungs for c in (r.k, r.v))
+    heads = num_kv_heads if spec.heads is None else len(spec.heads)
+    rungs = sum(c.size(r.capacity, heads, head_dim)[0] for r in bound.rungs for c in (r.k, r.v))
     return rungs + (spec.window_slots + spec.policy.num_sinks) * 2 * num_kv_heads * head_dim * 16

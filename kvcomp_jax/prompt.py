@@ -31,6 +31,7 @@ class PromptCache:
     staged: Exact | None  # None: the prompt comes in one pass and needs no staging
     probes: Probes | None  # queries that the policy wants to see when the prompt closes
     filled: jax.Array  # i32[B], tokens staged
+    pos: jax.Array | None = None  # i32[B, S], text positions of a prompt of which some were left out; None: in order
     policy: Policy | None = static()  # of base if it looks at prompts
     streamed: LayerSpec | None = static(default=None)  # as whose stream chunks attend; None: exactly
     sliding_window: int | None = static()
@@ -100,12 +101,13 @@ def detach(prompt: PromptCache) -> tuple[LayerCache, PromptCache]:
     return prompt.base, dataclasses.replace(prompt, base=None)
 
 
-def close_prompt(prompt: PromptCache, base: LayerCache | None = None) -> LayerCache:
+def close_prompt(prompt: PromptCache, base: LayerCache | None = None, *, stat: jax.Array | None = None) -> LayerCache:
     """Rank and compress the staged tokens and return the cache that holds them.
 
     Args:
       prompt: See `open_prompt`.
       base: The cache that `detach` took out of it, if it did.
+      stat: f32[B, K, S] by which the policy shall rank the staged tokens, instead of what it makes of the prompt.
 
     Raises:
       ValueError: If there is no cache, or two.
@@ -115,22 +117,40 @@ def close_prompt(prompt: PromptCache, base: LayerCache | None = None) -> LayerCa
     cache = cast(LayerCache, prompt.base if base is None else base)
     if prompt.staged is None:
         return cache
-    return _close(prompt, cache, prompt.staged)
+    return _close(prompt, cache, prompt.staged, stat)
 
 
-def _close(prompt: PromptCache, cache: LayerCache, staged: Exact) -> LayerCache:
-    if prompt.policy is not None:
-        seen = Prompt(
-            k=staged.k,
-            v=staged.v,
-            length=prompt.filled,
-            probes=prompt.probes,
-            start=jnp.zeros_like(cache.length) if prompt.fresh else cache.length,
-            soft_cap=prompt.soft_cap,
-            sliding_window=prompt.sliding_window,
-        )
+def _close(prompt: PromptCache, cache: LayerCache, staged: Exact, stat: jax.Array | None = None) -> LayerCache:
+    if stat is not None:
+        staged = dataclasses.replace(staged, stat=stat)
+    elif prompt.policy is not None:
+        seen = as_seen(prompt, cache, staged)
         staged = dataclasses.replace(staged, stat=prompt.policy.from_prompt(staged.stat, seen))
-    return (fill if prompt.fresh else absorb)(cache, staged, prompt.filled)
+    return fill(cache, staged, prompt.filled, prompt.pos) if prompt.fresh else absorb(cache, staged, prompt.filled)
+
+
+def as_seen(prompt: PromptCache, cache: LayerCache | None, staged: Exact) -> Prompt:
+    """A prompt as its policy sees it."""
+    return Prompt(
+        k=staged.k,
+        v=staged.v,
+        length=prompt.filled,
+        probes=prompt.probes,
+        start=jnp.zeros_like(prompt.filled) if prompt.fresh or cache is None else cache.length,
+        soft_cap=prompt.soft_cap,
+        sliding_window=prompt.sliding_window,
+    )
+
+
+def peak_attention(prompt: PromptCache, since: jax.Array) -> jax.Array:
+    """The greatest attention that each staged token received from tokens after the first `since` i32[B]: f32[B, K, S].
+
+    Of the heads of a group the greatest counts. The prompt's policy must keep these tokens' queries as probes.
+    """
+    seen = as_seen(prompt, None, cast(Exact, prompt.staged))
+    probes = seen.kept
+    later = dataclasses.replace(probes, at=jnp.where(probes.at >= since[:, None], probes.at, -1))
+    return dataclasses.replace(seen, probes=later).peak()
 
 
 def prefill(

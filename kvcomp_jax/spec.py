@@ -19,7 +19,8 @@ class Rung:
 
     `share` is the part of the tokens reaching this rung that stays on it, those with the highest scores. 1: all of
     them, and what they displace goes to the next rung. A ranked prompt leaves `reserve` slots free for later tokens.
-    `order` rearranges the tokens of each unit where both K and V are encoded anew.
+    `order` rearranges the tokens of each unit where both K and V are encoded anew. `heads` are the KV heads that have
+    slots here, None for all; the others forget what leaves the window.
     """
 
     k: Codec
@@ -28,6 +29,7 @@ class Rung:
     share: float = 1.0
     reserve: int = 0
     order: Order | None = None
+    heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -38,6 +40,8 @@ class Rung:
             raise ValueError(f"reserve={self.reserve} of a rung must be in [0, capacity={self.capacity}).")
         if self.order is not None:
             self.order.check(self.k, self.v)
+        if self.heads is not None and (not self.heads or list(self.heads) != sorted({*self.heads})):
+            raise ValueError(f"heads={self.heads} of a rung must be KV heads in ascending order, at least one.")
 
     @property
     def unit(self) -> int:
@@ -66,8 +70,10 @@ class LayerSpec:
       prefill: How queries of a prompt see its tokens: "exact", or "stored" as a stream would have stored them by then,
         in the arithmetic of the codecs. The latter is for policies that go by age. Turns on top of a filled cache are
         read exactly either way.
-      drop: Share of the last rung's tokens that is evicted at once when the rung is full, so that it then has room for
-        a while; 0 makes room only for the tokens that come.
+      drop: Share of the last rung's tokens, or as an int how many, that are evicted at once when the rung is full, so
+        that it then has room for a while; 0 makes room only for the tokens that come.
+      keep: Share of each block that settles after the prompt, at least a token, those with the highest scores, and all
+        whose score is infinite; the rest is evicted.
       close_gap: How keys rotate, to read sinks as if evicted tokens had never stood between them and the rest, by
         positions counted in the cache; None reads them at their positions in the text.
     """
@@ -78,7 +84,8 @@ class LayerSpec:
     block_size: int = 1
     sliding_window: int | None = None
     prefill: Literal["exact", "stored"] = "exact"
-    drop: float = 0.0
+    drop: int | float = 0.0
+    keep: float = 1.0
     close_gap: Rotary | None = None
 
     def __post_init__(self) -> None:
@@ -93,12 +100,21 @@ class LayerSpec:
                 f"prefill='stored' needs a policy that goes by age (Recency): what {type(self.policy).__name__} keeps "
                 "is known after the prompt; use prefill='exact'."
             )
-        if not 0 <= self.drop <= 1 or (self.drop and (self.policy.fifo or not self.rungs or self.divided)):
-            raise ValueError(f"drop={self.drop} must be a share in [0, 1], of a rung whose tokens are ranked.")
+        most = math.inf if isinstance(self.drop, int) else 1
+        if not 0 <= self.drop <= most or (self.drop and (self.policy.fifo or not self.rungs or self.divided)):
+            raise ValueError(f"drop={self.drop} must be a share in [0, 1] or an int, of a rung that ranks its tokens.")
+        if not 0 < self.keep <= 1 or (self.keep < 1 and (self.policy.fifo or self.divided or self.steps[0] > 1)):
+            raise ValueError(f"keep={self.keep} must be in (0, 1], of blocks of single tokens that are ranked.")
         if self.close_gap is not None and not self.policy.fifo:
             raise ValueError(f"close_gap needs a policy that goes by age (Recency), got {type(self.policy).__name__}.")
         if self.divided:
             self._check_shares()
+        if self.policy.pools_heads and len(self.rungs) != 1:
+            raise ValueError(f"heads share the slots of one rung, {self.policy} has {len(self.rungs)}.")
+        if any(rung.heads != self.rungs[0].heads for rung in self.rungs):
+            raise ValueError("all rungs must serve the same heads.")
+        if self.heads is not None and not self.policy.fifo:
+            raise ValueError(f"rungs for some heads need a policy that goes by age, got {type(self.policy).__name__}.")
         for rung, unit in zip(self.rungs, self.steps, strict=True):
             if rung.order is not None and self.policy.fifo and rung is not self.rungs[-1]:
                 raise ValueError("a rung with an order must be the last one where positions follow from age.")
@@ -118,6 +134,16 @@ class LayerSpec:
                     f"share={rung.share} keeps {tokens} tokens of block_size={self.block_size} on a rung; they must be "
                     f"a positive multiple of {rung.unit}, those that its codecs encode together."
                 )
+
+    @property
+    def heads(self) -> tuple[int, ...] | None:
+        """KV heads that have slots on the rungs; None: all."""
+        return self.rungs[0].heads if self.rungs else None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt that a row keeps."""
+        return self.policy.num_sinks + self.window + sum(rung.capacity - rung.reserve for rung in self.rungs)
 
     @property
     def divided(self) -> bool:

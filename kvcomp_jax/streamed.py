@@ -14,7 +14,7 @@ from kvcomp_jax.attention import AttnState, merge_all
 from kvcomp_jax.cache import Exact
 from kvcomp_jax.read import attend_exact
 from kvcomp_jax.spec import LayerSpec, Rung
-from kvcomp_jax.tiers import Queries, Tier, attend_by_blocks, visible
+from kvcomp_jax.tiers import Queries, Tier, attend_by_blocks, served, visible
 from pallas_kernels.prefill.blocked import query_blocks
 
 
@@ -68,7 +68,8 @@ def _attend_block(spec: LayerSpec, queries: Queries, staged: Exact, tiers: list[
     for tier, rung in zip(tiers, spec.rungs, strict=True):
         first = jnp.maximum(end - rung.capacity, sinks)
         filled = jnp.minimum(end.max() - sinks, tier.limit)
-        states.append(attend_by_blocks(_between(queries, first, end), dataclasses.replace(tier, entered=filled), sinks))
+        seen, back = served(_between(queries, first, end), tier)
+        states.append(back(attend_by_blocks(seen, dataclasses.replace(tier, entered=filled), sinks)))
         end = first
     return merge_all(states)
 
@@ -94,6 +95,8 @@ def _between(queries: Queries, first: jax.Array, end: jax.Array) -> Queries:
 
 def _whole(rung: Rung, spec: LayerSpec, staged: Exact) -> Tier:
     """All staged tokens after the sinks, stored as a rung stores them."""
+    if rung.heads is not None:
+        staged = jax.tree.map(lambda x: x[:, jnp.array(rung.heads)], staged)
     rows, sinks = staged.k.shape[:2], spec.policy.num_sinks
     num_slots = -(-max(staged.k.shape[2] - sinks, 1) // spec.block_size) * spec.block_size
     pos = jnp.broadcast_to(jnp.arange(num_slots, dtype=jnp.int32) + sinks, (*rows, num_slots))
@@ -113,4 +116,5 @@ def _whole(rung: Rung, spec: LayerSpec, staged: Exact) -> Tier:
         limit=jnp.full(rows[0], num_slots, jnp.int32),
         capacity=num_slots,
         unit=rung.unit,
+        heads=rung.heads,
     )

@@ -10,6 +10,7 @@ from jax import lax
 
 from kvcomp_jax.attention import AttnState, from_logits, merge, unit
 from kvcomp_jax.codecs import Affine, Codec, Encoded, Entropy, Homomorphic, Identity, Packs
+from kvcomp_jax.heads import owners, side_by_side
 from kvcomp_jax.orders import Order, permute
 from kvcomp_jax.policies import Stat
 from kvcomp_jax.spec import LayerSpec, Rung
@@ -30,6 +31,7 @@ class Queries:
     q: jax.Array  # f32[B, K, R, D], scaled; R = G * T, group major
     pos: jax.Array  # i32[B, R], text positions
     real: jax.Array | None = None  # bool[B, R], False = padding; None = all real
+    head: jax.Array | None = None  # u8[B, 1, R], KV head of each where slots have one, see `heads`
     since: jax.Array | None = None  # i32[B, R], first position that each sees; None = 0. Fused reads know no such bound
     soft_cap: float | None = static(default=None)
     sliding_window: int | None = static(default=None)
@@ -38,7 +40,10 @@ class Queries:
 
 @pytree
 class Tier:
-    """One rung's tokens. Encoded arrays are [B, K or 1, rows, ...] with rows proportional to slots."""
+    """One rung's tokens. Encoded arrays are [B, K or 1, rows, ...] with rows proportional to slots.
+
+    Where `pooled` heads share them, `capacity`, `limit` and `entered` count the slots of all, and K is 1.
+    """
 
     k_codec: Codec
     v_codec: Codec
@@ -46,12 +51,15 @@ class Tier:
     v: Encoded
     pos: jax.Array | None  # i32[B, K or 1, S], -1 = empty; None when they follow from `entered`, or nobody asks
     stat: Stat | None  # [B, K, S, ...], what the policy remembers; None when tokens are not ranked again
+    head: jax.Array | None = None  # u8[B, 1, S], KV head that each slot serves; None: they have a head axis
     entered: jax.Array  # i32[B], tokens that ever arrived
     limit: jax.Array  # i32[B], slots that this row may use, <= capacity
     capacity: int = static()
     unit: int = static()
     keeps: int | None = static(default=None)  # tokens of each block that stay for good; None: all, until displaced
     order: Order | None = static(default=None)
+    pooled: int = static(default=1)
+    heads: tuple[int, ...] | None = static(default=None)  # KV heads of the layer that it serves; None: all
 
 
 def init_tier(
@@ -62,8 +70,11 @@ def init_tier(
     A divided ladder needs no positions: its tokens are never ranked again, and all that settled precede every query.
     Sliding windows and codecs that look at positions need them all the same.
     """
-    slots = (batch, num_kv_heads, rung.capacity)
-    ranked = not spec.policy.fifo and keeps is None
+    num_kv_heads = num_kv_heads if rung.heads is None else len(rung.heads)
+    pooled = num_kv_heads if spec.policy.pools_heads else 1
+    num_kv_heads, capacity = num_kv_heads // pooled, rung.capacity * pooled
+    slots = (batch, num_kv_heads, capacity)
+    ranked, once = not spec.policy.fifo and keeps is None, spec.policy.ranks_once
     asked = keeps is not None and (spec.sliding_window is not None or rung.k.uses_pos or rung.v.uses_pos)
 
     def nothing(codec: Codec) -> Encoded:
@@ -78,15 +89,18 @@ def init_tier(
         k=nothing(k_codec),
         v=nothing(v_codec),
         pos=jnp.full(slots, -1, jnp.int32) if ranked or asked else None,
-        stat=spec.policy.new_stat(slots) if spec.policy.keeps_stat and ranked else None,
+        stat=spec.policy.new_stat(slots) if spec.policy.keeps_stat and ranked and not once else None,
+        head=jnp.zeros(slots, jnp.uint8) if pooled > 1 else None,
         entered=jnp.zeros(batch, jnp.int32),
-        limit=jnp.full(batch, rung.capacity, jnp.int32),
-        capacity=rung.capacity,
+        limit=jnp.full(batch, capacity, jnp.int32),
+        capacity=capacity,
         unit=rung.unit,
         keeps=keeps,
         # Where positions follow from age, they are those of a unit's tokens only in the order of time. Without a
         # sliding window nobody looks: all that has settled is visible.
         order=None if spec.policy.fifo and spec.sliding_window is not None else rung.order,
+        pooled=pooled,
+        heads=rung.heads,
     )
 
 
@@ -122,10 +136,12 @@ def tier_pos(tier: Tier, num_sinks: int) -> jax.Array:
     return jnp.where(index >= 0, index + num_sinks, -1)[:, None]
 
 
-def visible(queries: Queries, pos: jax.Array) -> jax.Array:
-    """Which slots each query sees: bool[B, K or 1, R, S] from pos i32[B, K or 1, S]."""
+def visible(queries: Queries, pos: jax.Array, head: jax.Array | None = None) -> jax.Array:
+    """Which slots each query sees: bool[B, K or 1, R, S] from pos i32[B, K or 1, S], and head as in `Tier`."""
     q_pos, pos = queries.pos[:, None, :, None], pos[:, :, None, :]
     live = (pos >= 0) & (pos <= q_pos)
+    if head is not None and queries.head is not None:
+        live = live & (queries.head[..., None] == head[:, :, None])
     if queries.since is not None:
         live = live & (pos >= queries.since[:, None, :, None])
     return live if queries.sliding_window is None else live & (pos > q_pos - queries.sliding_window)
@@ -143,10 +159,28 @@ def mix_of(codec: Codec, v: Encoded, pos: jax.Array) -> Callable[[jax.Array], ja
 
 def attend_tier(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
     """Attend to a tier, in the bases that its keys and values are stored in: queries enter, sums leave, once."""
-    k_codec, v_codec = tier.k_codec, tier.v_codec
-    entered = dataclasses.replace(queries, q=k_codec.enter(queries.q))
+    queries, back = served(queries, tier)
+    entered = dataclasses.replace(queries, q=tier.k_codec.enter(queries.q))
     state = attend_stored(entered, as_stored(tier), num_sinks)
-    return dataclasses.replace(state, acc=v_codec.leave(state.acc))
+    return back(dataclasses.replace(state, acc=tier.v_codec.leave(state.acc)))
+
+
+def served(queries: Queries, tier: Tier) -> tuple[Queries, Callable[[AttnState], AttnState]]:
+    """The queries as a tier's arrays have heads, and what brings their state back to all KV heads."""
+    batch, heads, rows, _ = shape = queries.q.shape
+    if tier.heads is not None:
+        these = jnp.array(tier.heads)
+
+        def spread(state: AttnState) -> AttnState:
+            return jax.tree.map(lambda x, y: x.at[:, these].set(y), unit(shape), state)
+
+        return dataclasses.replace(queries, q=queries.q[:, these]), spread
+    if tier.head is None:
+        return queries, lambda state: state
+    together = dataclasses.replace(
+        queries, q=side_by_side(queries.q), pos=jnp.tile(queries.pos, (1, heads)), head=owners(batch, heads, rows)
+    )
+    return together, lambda state: jax.tree.map(lambda x: x.reshape(*shape[:3], *x.shape[3:]), state)
 
 
 def as_stored(tier: Tier) -> Tier:
@@ -168,7 +202,7 @@ def attend_by_blocks(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
     step = tier.unit * max(READ_BLOCK // tier.unit, 1)
     if _is_exact(tier) or tier.capacity <= step:
         logits = logits_of(queries, tier.k_codec, tier.k, pos)
-        return from_logits(logits, visible(queries, pos), mix_of(tier.v_codec, tier.v, pos))[0]
+        return from_logits(logits, visible(queries, pos, tier.head), mix_of(tier.v_codec, tier.v, pos))[0]
 
     def body(j: jax.Array, state: AttnState) -> AttnState:
         first = jnp.minimum(j * step, tier.capacity - step)
@@ -176,15 +210,16 @@ def attend_by_blocks(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
         slots = first + jnp.arange(step)
         here = lax.dynamic_slice_in_dim(pos, first, step, 2)
         here = jnp.where((slots >= j * step)[None, None], here, -1)  # the last block may reach back
+        head = tier.head if tier.head is None else lax.dynamic_slice_in_dim(tier.head, first, step, 2)
         logits = logits_of(queries, tier.k_codec, k, here)
-        return merge(state, from_logits(logits, visible(queries, here), mix_of(tier.v_codec, v, here))[0])
+        return merge(state, from_logits(logits, visible(queries, here, head), mix_of(tier.v_codec, v, here))[0])
 
     return lax.fori_loop(0, (_filled(tier).max() + step - 1) // step, body, unit(queries.q.shape))
 
 
 def fused_kernel(tier: Tier) -> Callable[[Queries, Tier, int], AttnState] | None:
     """The fused read of a tier `as_stored`, by its pair of codecs; None where there is only `dot` and `mix`."""
-    return _FUSED.get((tier.k_codec.kind, tier.v_codec.kind))
+    return None if tier.head is not None else _FUSED.get((tier.k_codec.kind, tier.v_codec.kind))
 
 
 def _attend_quantized(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:

@@ -1,4 +1,4 @@
-"""Keys and values of a model on a text, and how much its loss minds each of them."""
+"""Keys, values and queries of a model on a text, and how much its loss minds the first two."""
 
 import functools
 from typing import Any
@@ -32,7 +32,8 @@ def activations(lm: LanguageModel, tokens: np.ndarray) -> list[Activations]:
     with dispatch.without(*dispatch.BACKENDS[1:]):  # only the reference can be differentiated
         seen, slopes = _seen_and_slopes(lm.model, lm.params, jnp.asarray(tokens, jnp.int32)[None])
     config = lm.config
-    shape = (1, len(tokens), config.num_kv_heads, config.head_dim)
+    shape = (1, len(tokens), -1, config.head_dim)
+    scale = config.head_dim**-0.5 if config.sm_scale is None else config.sm_scale
 
     def of(layer: int, what: str) -> tuple[np.ndarray, np.ndarray]:
         path = _path(lm.model, layer, what)
@@ -42,14 +43,17 @@ def activations(lm: LanguageModel, tokens: np.ndarray) -> list[Activations]:
     layers = []
     for layer in range(config.num_layers):
         (k, k_weight), (v, v_weight) = of(layer, "k"), of(layer, "v")
-        layers.append(Activations(k, v, k_weight, v_weight))
+        q = np.asarray(seen[_path(lm.model, layer, "q")], np.float32).reshape(shape) * np.float32(scale)
+        layers.append(Activations(k, v, k_weight, v_weight, q, lm.layout.rope(layer, len(tokens))))
     return layers
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _seen_and_slopes(model: Transformer, params: Any, tokens: jax.Array) -> tuple[Named, Named]:
-    """Outputs of the modules that make keys and values, by path, and the loss's gradients with respect to them."""
-    paths = [_path(model, layer, what) for layer in range(model.config.num_layers) for what in "kv"]
+    """Outputs of the modules that make keys, values and queries, by path, and the loss's gradients of the first two."""
+    every = range(model.config.num_layers)
+    queries = [_path(model, layer, "q") for layer in every]
+    paths = queries + [_path(model, layer, what) for layer in every for what in "kv"]
 
     def loss(shift: Named) -> tuple[jax.Array, Named]:
         seen: Named = {}
@@ -67,12 +71,12 @@ def _seen_and_slopes(model: Transformer, params: Any, tokens: jax.Array) -> tupl
         return -jnp.take_along_axis(scores, tokens[0, 1:, None], -1).sum(), seen
 
     shapes = jax.eval_shape(lambda: loss({})[1])
-    shift = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    shift = {path: jnp.zeros(x.shape, x.dtype) for path, x in shapes.items() if path not in queries}
     slopes, seen = jax.grad(loss, has_aux=True)(shift)
     return seen, slopes
 
 
 def _path(model: Transformer, layer: int, what: str) -> str:
-    """The module whose output the keys before rotation, or the values, are."""
-    name = "k_norm" if what == "k" and model.config.qk_norm else f"{what}_proj"
+    """The module whose output the keys or queries before rotation, or the values, are."""
+    name = f"{what}_norm" if what in "qk" and model.config.qk_norm else f"{what}_proj"
     return f"layers_{layer}/attn/{name}"

@@ -14,6 +14,7 @@ import kvcomp_jax as kvc
 from models import decode_loop
 from models.language_model import LanguageModel
 from models.programs import compiled, timed
+from models.rehearse import pass_tokens, rehearse
 from models.sampling import Sampling
 from models.transformer import Transformer
 from models.watch import Watch
@@ -111,7 +112,7 @@ def prefill(
     caches: tuple[Any, ...],
     rope_len: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Any, ...], float, float]:
-    """Read prompts into empty caches, `CHUNK` tokens a pass.
+    """Read prompts into empty caches, `CHUNK` tokens a pass, or in one if layers hand on a part of them.
 
     Args:
       lm: The model.
@@ -123,14 +124,17 @@ def prefill(
       Logits f32[B, V] after each row's last token, the caches, seconds of work and of compilation.
     """
     lengths = np.array([len(row) for row in prompts])
-    chunk = CHUNK if lengths.max() > CHUNK else -(-int(lengths.max()) // 64) * 64
+    hands_on = any(cache.spec.policy.hands_on for cache in caches)
+    chunk = CHUNK if lengths.max() > CHUNK and not hands_on else -(-int(lengths.max()) // 64) * 64
     passes = -(-int(lengths.max()) // chunk)
     tokens = np.zeros((len(prompts), passes * chunk), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
         row[: len(ids)] = ids
     whole = jnp.asarray(lengths, jnp.int32)
     rope_len = whole if rope_len is None else rope_len
-    prompt, bases = _open(lm, caches, 0 if passes == 1 else passes * chunk)
+    extra = pass_tokens(lm, caches, int(lengths.max()))
+    capacity = 0 if passes == 1 and not hands_on and not extra else passes * chunk + extra
+    prompt, bases = (_open_nested if hands_on else _open)(lm, caches, capacity)
     logits = jnp.zeros((len(prompts), lm.config.vocab_size))
     work_s = compile_s = 0.0
     for i in range(passes):
@@ -138,9 +142,13 @@ def prefill(
         args = (lm.params, here, jnp.clip(whole - i * chunk, 0, chunk), rope_len, logits, prompt)
         (logits, prompt), seconds, compiling = timed(_read_chunk, lm.model, *args)
         work_s, compile_s = work_s + seconds, compile_s + compiling
-    if passes == 1:
+    if not bases:
         return logits, prompt, work_s, compile_s
-    caches, seconds, compiling = timed(_close, None, bases, prompt)
+    stats: tuple[Any, ...] = (None,) * len(caches)
+    if extra:
+        stats, seconds, compiling = rehearse(lm, prompts, caches, prompt, rope_len)
+        work_s, compile_s = work_s + seconds, compile_s + compiling
+    caches, seconds, compiling = timed(_close, None, bases, prompt, stats)
     return logits, caches, work_s + seconds, compile_s + compiling
 
 
@@ -151,6 +159,16 @@ def _open(lm: LanguageModel, caches: tuple[Any, ...], capacity: int) -> tuple[tu
         return tuple(kvc.open_prompt(c, 0, final=True, num_heads=heads) for c in caches), ()
     bases, prompts = zip(*(kvc.detach(kvc.open_prompt(c, capacity, num_heads=heads)) for c in caches), strict=True)
     return prompts, bases
+
+
+def _open_nested(lm: LanguageModel, caches: tuple[Any, ...], capacity: int) -> tuple[tuple[Any, ...], tuple[None, ...]]:
+    """Prompts for layers that hand on a part of what they see, attached to their caches."""
+    prompts, sizes = [], [capacity]
+    for before, cache in zip((caches[0], *caches), caches, strict=False):
+        fewer = cache.spec.prompt_tokens < before.spec.prompt_tokens
+        sizes.append(cache.spec.prompt_tokens if fewer else sizes[-1])
+        prompts.append(kvc.open_prompt(cache, sizes[-1], num_heads=lm.config.num_heads))
+    return tuple(prompts), (None,) * len(caches)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
@@ -169,9 +187,9 @@ def _read_chunk(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _close(_: None, bases: tuple[Any, ...], prompts: tuple[Any, ...]) -> tuple[Any, ...]:
+def _close(_: None, bases: tuple[Any, ...], prompts: tuple[Any, ...], stats: tuple[Any, ...]) -> tuple[Any, ...]:
     """Compress the staged prompts; apart from `_read_chunk`, because staged tokens become no output to donate to."""
-    return tuple(kvc.close_prompt(prompt, base) for base, prompt in zip(bases, prompts, strict=True))
+    return tuple(kvc.close_prompt(p, base, stat=stat) for base, p, stat in zip(bases, prompts, stats, strict=True))
 
 
 def _decode(

@@ -1,5 +1,6 @@
 """One decoder-only transformer for every family, by configuration."""
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -57,7 +58,8 @@ class Transformer(nn.Module):
           tokens: i32[B, T], right padded.
           caches: One a layer, all `PromptCache` or all `LayerCache`; None attends within `tokens` alone.
           length: i32[B], real tokens of each row; None = T.
-          logits: "all" [B, T, V]; "last" [B, V], of each row's last real token; "none".
+          logits: "all" [B, T, V], of those tokens that reach the last layer; "last" [B, V], of each row's last real
+            token; "none".
           rope_len: i32[B], text length that dynamic and longrope frequencies go by, see `rope.frequencies`; by default
             that of the text up to the last of `tokens`. Chunks of one prompt should all get the length of the whole.
 
@@ -84,6 +86,11 @@ class Transformer(nn.Module):
             rotation = rotations.get(c.ropes[i]) if c.ropes else None
             x, cache = Block(c, i, name=f"layers_{i}")(x, rotation, caches[i] if caches is not None else None, length)
             out.append(cache)
+            if caches is not None and i + 1 < c.num_layers and kvc.hands_on(cache, caches[i + 1]):
+                index, length = kvc.hand_on(cache, caches[i + 1])
+                x, pos = _take(x, index), _take(pos, index)
+                rotations = {rope: tuple(_take(y, index) for y in turned) for rope, turned in rotations.items()}
+                caches = tuple(dataclasses.replace(later, pos=pos) for later in caches)
         x = Norm(c.norm, c.norm_eps, name="final_norm")(x)
         if logits == "last":
             x = x[:, -1] if length is None else _last_real(x, length)
@@ -119,6 +126,11 @@ def _positions(tokens: jax.Array, caches: tuple[Cache, ...] | None) -> jax.Array
 
 def _text_len(pos: jax.Array, length: jax.Array | None) -> jax.Array:
     return pos[:, -1] + 1 if length is None else pos[:, 0] + length
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Tokens index i32[B, n] of x [B, T, ...]."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), 1)
 
 
 def _last_real(x: jax.Array, length: jax.Array) -> jax.Array:

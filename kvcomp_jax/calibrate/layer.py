@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvcomp_jax.rotary import Rotary
+
 
 class Activations(NamedTuple):
-    """Keys and values of one layer on N sequences of T tokens, and how much the loss minds their errors.
+    """Keys, values and queries of one layer on N sequences of T tokens, and how much the loss minds the first two.
 
     The weights are squares of the loss's gradient, the diagonal of the empirical Fisher information.
     """
@@ -16,6 +18,8 @@ class Activations(NamedTuple):
     v: np.ndarray  # f32[N, T, K, D]
     k_weight: np.ndarray  # f32[N, T, K, D]
     v_weight: np.ndarray  # f32[N, T, K, D]
+    q: np.ndarray | None = None  # f32[N, T, H, D], before rotation, scaled
+    rope: Rotary | None = None  # how keys and queries are rotated
 
 
 # (activations, *, options of the method) -> arrays by name; stacked over layers they are a calibration.

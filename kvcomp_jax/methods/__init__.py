@@ -1,6 +1,9 @@
 """Published systems: one a file, each a function that returns a spec; `METHODS` is the table, `parse` reads text."""
 
+from kvcomp_jax.methods.ada_kv import ada_kv
+from kvcomp_jax.methods.critical_kv import critical_kv
 from kvcomp_jax.methods.decoquant import decoquant
+from kvcomp_jax.methods.duo_attention import duo_attention
 from kvcomp_jax.methods.expected_attention import expected_attention
 from kvcomp_jax.methods.fp8 import fp8
 from kvcomp_jax.methods.full import full
@@ -10,10 +13,13 @@ from kvcomp_jax.methods.int8_int4 import int4, int8
 from kvcomp_jax.methods.kivi import kivi
 from kvcomp_jax.methods.kvcomp import kvcomp
 from kvcomp_jax.methods.kvquant import kvquant
+from kvcomp_jax.methods.kvzip import kvzip
 from kvcomp_jax.methods.nvfp4 import mxfp4, nvfp4
 from kvcomp_jax.methods.packkv import packkv
+from kvcomp_jax.methods.pyramid_infer import pyramid_infer
 from kvcomp_jax.methods.pyramid_kv import pyramid_kv
 from kvcomp_jax.methods.quarot import quarot
+from kvcomp_jax.methods.r_kv import r_kv
 from kvcomp_jax.methods.registry import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.methods.scissorhands import scissorhands
 from kvcomp_jax.methods.snapkv import snapkv
@@ -28,7 +34,10 @@ __all__ = [
     "Context",
     "Method",
     "MethodInfo",
+    "ada_kv",
+    "critical_kv",
     "decoquant",
+    "duo_attention",
     "expected_attention",
     "fp8",
     "full",
@@ -39,13 +48,16 @@ __all__ = [
     "kivi",
     "kvcomp",
     "kvquant",
+    "kvzip",
     "method",
     "mxfp4",
     "nvfp4",
     "packkv",
     "parse",
+    "pyramid_infer",
     "pyramid_kv",
     "quarot",
+    "r_kv",
     "scissorhands",
     "snapkv",
     "snapstream",

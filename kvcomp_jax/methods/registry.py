@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -231,7 +232,7 @@ def _compose(whole: Method, specs: list[LayerSpec]) -> LayerSpec:
     window = select.window if select.rungs else store.window
     sinks = max(select.policy.num_sinks, store.policy.num_sinks)
     later = sum(rung.reserve for rung in select.rungs)
-    budget = select.max_tokens - later
+    budget, later = select.max_tokens - later, math.ceil(later / select.keep)  # blocks of codes are not thinned
     capacity = (budget - sinks - window - (block - 1)) // block * block
     if capacity < block:
         needed = sinks + window + 2 * block - 1
@@ -240,6 +241,6 @@ def _compose(whole: Method, specs: list[LayerSpec]) -> LayerSpec:
         )
     policy = dataclasses.replace(select.policy, num_sinks=sinks)
     reserve = -(-later // block) * block
-    rung = dataclasses.replace(final, capacity=capacity + reserve, reserve=reserve)
+    rung = dataclasses.replace(final, capacity=capacity + reserve, reserve=reserve, heads=select.heads)
     kept = {"drop": select.drop, "close_gap": select.close_gap}
     return LayerSpec(rungs=(rung,), policy=policy, window=window, block_size=block, **kept)

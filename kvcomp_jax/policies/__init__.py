@@ -1,16 +1,21 @@
 """Which tokens are worth keeping: one policy a file."""
 
 from kvcomp_jax.policies.base import Policy, Probes, Prompt, Stat, Step
+from kvcomp_jax.policies.distinct import Distinct
 from kvcomp_jax.policies.expected_attention import ExpectedAttention
 from kvcomp_jax.policies.heavy_hitter import HeavyHitter
 from kvcomp_jax.policies.last_query import LastQuery
 from kvcomp_jax.policies.persistence import Persistence
 from kvcomp_jax.policies.prompt_rank import PromptRank
 from kvcomp_jax.policies.recency import Recency
+from kvcomp_jax.policies.rehearsed import Rehearsed
 from kvcomp_jax.policies.saliency import Saliency
+from kvcomp_jax.policies.tail_vote import TailVote
+from kvcomp_jax.policies.value_weighted import ValueWeighted
 from kvcomp_jax.policies.window_vote import WindowVote
 
 __all__ = [
+    "Distinct",
     "ExpectedAttention",
     "HeavyHitter",
     "LastQuery",
@@ -20,8 +25,11 @@ __all__ = [
     "Prompt",
     "PromptRank",
     "Recency",
+    "Rehearsed",
     "Saliency",
     "Stat",
     "Step",
+    "TailVote",
+    "ValueWeighted",
     "WindowVote",
 ]

@@ -34,15 +34,19 @@ class Prompt:
     start: jax.Array  # i32[B], text position of its first token
     sliding_window: int | None = static(default=None)
 
-    def mass(self, at: jax.Array) -> jax.Array:
+    def mass(self, at: jax.Array, weight: jax.Array | None = None) -> jax.Array:
         """Attention that each key received, f32[B, K, S], summed over the heads of a group and the probes i32[B, N].
 
         Args:
           at: `probes.at`, with -1 where a probe shall not count.
+          weight: f32[B, N], positive where it counts, how much each does; None = 1.
         """
         probes = self.kept
         options = {"soft_cap": self.soft_cap, "sliding_window": self.sliding_window}
-        return probe_mass(probes.q, self.k, probes.lse, at, **options)
+        lse = probes.lse
+        if weight is not None:
+            lse = lse - jnp.log(jnp.where(at >= 0, weight, 1.0))[:, None, None]
+        return probe_mass(probes.q, self.k, lse, at, **options)
 
     def mass_by_head(self, at: jax.Array) -> jax.Array:
         """As `mass`, but for each query head of a group alone: f32[B, K, G, S]."""
@@ -61,6 +65,16 @@ class Prompt:
         logits = jnp.einsum("bkgnd,bksd->bkgns", q, self.k, preferred_element_type=jnp.float32)
         live = seen_from(at, jnp.arange(self.k.shape[2]), self.sliding_window)
         return jnp.where(live, jnp.exp(capped(logits, self.soft_cap) - lse[..., None]), 0.0), at
+
+    def peak(self, block: int = 32) -> jax.Array:
+        """The greatest attention that each key received from any probe, any head of its group: f32[B, K, S]."""
+        num = self.kept.at.shape[1]
+        size = min(block, num)
+
+        def raised(i: jax.Array, top: jax.Array) -> jax.Array:
+            return jnp.maximum(top, self.probs(jnp.minimum(i * size, num - size), size)[0].max((2, 3)))
+
+        return lax.fori_loop(0, -(-num // size), raised, jnp.zeros(self.k.shape[:3]))
 
     @property
     def kept(self) -> Probes:
@@ -110,6 +124,31 @@ class Policy:
     def admits_later(self) -> bool:
         """Whether tokens after the first prompt may settle; if not, they are evicted when they leave the window."""
         return True
+
+    @property
+    def pools_heads(self) -> bool:
+        """Whether the KV heads of a row share its slots, as many for each as `least_share` and scores give it."""
+        return False
+
+    @property
+    def judges_keys(self) -> bool:
+        """Whether tokens are ranked by their keys, too, see `judge`."""
+        return False
+
+    @property
+    def ranks_once(self) -> bool:
+        """Whether tokens are ranked when they settle and never again, so that rungs keep no statistic."""
+        return False
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether each layer chooses the tokens of a prompt that the next one sees, see `worth_passing`."""
+        return False
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether a prompt is ranked by what the model attends to when it repeats it, see `Rehearsed`."""
+        return False
 
     @property
     def looks_at_prompt(self) -> bool:
@@ -177,3 +216,18 @@ class Policy:
         `stat` is `from_prompt`'s for a prompt, and in a cache None if caches carry no statistic.
         """
         raise NotImplementedError(f"{type(self).__name__} must define score.")
+
+    def worth_passing(self, prompt: Prompt, tail: jax.Array) -> jax.Array:
+        """Worth of a prompt's tokens to deeper layers, f32[B, S]; of its last `tail` i32[B] tokens infinite."""
+        del prompt, tail
+        raise NotImplementedError(f"{type(self).__name__} must define worth_passing.")
+
+    def judge(self, stat: Stat | None, k: jax.Array, pos: jax.Array) -> jax.Array:
+        """Worth of tokens that are ranked together, f32[B, K, S], from their keys, too: of prompts, and as rungs fill.
+
+        Args:
+          stat: As in `score`, which this is by default.
+          k: [B, K, S, D], as stored. pos: i32[B, K, S], -1 = none.
+        """
+        del k
+        return self.score(stat, pos)

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from kvcomp_jax.calibrate import About, Activations, save
-from kvcomp_jax.methods.kvquant import calibrate
+from kvcomp_jax.methods import METHODS
 
 FOLDER = Path(__file__).parent / "methods"
 OPTIONS = {
-    "kvquant_3": {"bits": 3, "outliers": 0.01, "num_sinks": 1, "across_heads": True},
-    "kvquant_2": {"bits": 2, "outliers": 0.05, "num_sinks": 0, "across_heads": False},
+    "kvquant_3": ("kvquant", {"bits": 3, "outliers": 0.01, "num_sinks": 1, "across_heads": True}),
+    "kvquant_2": ("kvquant", {"bits": 2, "outliers": 0.05, "num_sinks": 0, "across_heads": False}),
+    "duo_attention_3_16": ("duo_attention", {"num_sinks": 3, "recent": 16}),
 }
 
 
@@ -21,10 +22,10 @@ def main() -> None:
     """Write a file for each entry of OPTIONS."""
     draw = np.random.default_rng(0).standard_normal
     shape = (2, 512, 2, 64)
-    layer = Activations(draw(shape), draw(shape), draw(shape) ** 2, draw(shape) ** 2)
-    for name, options in OPTIONS.items():
-        tensors = {key: x[None] for key, x in calibrate(layer, **options).items()}
-        save(FOLDER / f"{name}.safetensors", tensors, About("kvquant", options, "made up"))
+    layer = Activations(draw(shape), draw(shape), draw(shape) ** 2, draw(shape) ** 2, draw(shape))
+    for name, (method, options) in OPTIONS.items():
+        tensors = {key: x[None] for key, x in METHODS[method].calibrate(layer, **options).items()}
+        save(FOLDER / f"{name}.safetensors", tensors, About(method, options, "made up"))
 
 
 if __name__ == "__main__":

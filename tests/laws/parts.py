@@ -105,6 +105,8 @@ CODECS = [
 CALIBRATIONS = Path(__file__).parents[1] / "golden" / "methods"
 KVQUANT_3 = "kvquant:calibration=kvquant_3.safetensors"
 KVQUANT_2 = "kvquant:bits=2,outliers=0.05,num_sinks=0,across_heads=False,calibration=kvquant_2.safetensors"
+DUO = "duo_attention:num_sinks=3,recent=16,calibration=duo_attention_3_16.safetensors"
+PYRAMID = "pyramid_infer:thin=0.5,exceed=8"
 
 METHODS = [
     "full:block_size=16",
@@ -140,6 +142,13 @@ METHODS = [
     "tova:budget=0.5",
     "expected_attention:budget=0.5,num_sinks=2,num_queries=32",
     "scissorhands:budget=0.5,history=40,num_sinks=1",
+    "r_kv:budget=0.5,buffer=12,recent=5,num_sinks=1",
+    "ada_kv:budget=0.5,window=8",
+    "ada_kv:budget=120,window=16+kivi:bits=4",
+    "critical_kv:budget=0.5,by=snapkv,window=8,num_sinks=2",
+    DUO,
+    f"{DUO}+int4",
+    PYRAMID,
 ]
 
 # One of each form of ladder, policy and contract of a codec; the others differ from one of these in their codecs alone,
@@ -158,6 +167,9 @@ FORMS = {
     "zipcache:block_size=40",
     "snapkv:budget=120,window=16+kivi:bits=4",
     "scissorhands:budget=0.5,history=40,num_sinks=1",
+    "ada_kv:budget=120,window=16+kivi:bits=4",
+    DUO,
+    PYRAMID,
 }
 
 PROBING = [  # policies that judge a prompt by some of its queries
@@ -166,7 +178,19 @@ PROBING = [  # policies that judge a prompt by some of its queries
     kvc.Saliency(recent=1.0, random=0.0, divide_by="queries"),
 ]
 
-RANKED = ("h2o", "zipcache", "snapkv", "snapstream", "tova", "expected_attention", "scissorhands")
+RANKED = (
+    "h2o",
+    "zipcache",
+    "snapkv",
+    "snapstream",
+    "tova",
+    "expected_attention",
+    "scissorhands",
+    "r_kv",
+    "ada_kv",
+    "critical_kv",
+    "pyramid_infer",
+)
 BY_AGE = [m for m in METHODS if not m.startswith(RANKED)]
 # Their codes depend on what the prompt was: a longer one leads to other tables.
 FITTED = [m for m in METHODS if m.startswith("kvcomp")]

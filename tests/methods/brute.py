@@ -30,11 +30,24 @@ def output(probs, v):
 def held(cache, row=0):
     """The sets of text positions that each KV head of a row holds."""
     heads = cache.window.k.shape[1]
-    parts = [window_pos(cache), sink_pos(cache), *(tier_pos(t, cache.spec.policy.num_sinks) for t in cache.tiers)]
-    every = [np.broadcast_to(part, (part.shape[0], heads, part.shape[-1]))[row] for part in parts]
+    tiers = (tier_positions(t, cache.spec.policy.num_sinks, heads) for t in cache.tiers)
+    every = [
+        np.broadcast_to(part, (part.shape[0], heads, part.shape[-1]))[row]
+        for part in (window_pos(cache), sink_pos(cache), *tiers)
+    ]
     positions = [np.concatenate([part[h] for part in every]) for h in range(heads)]
     assert all(len(set(p[p >= 0])) == (p >= 0).sum() for p in positions)  # no token twice
     return [set(p[p >= 0].tolist()) for p in positions]
+
+
+def tier_positions(tier, num_sinks, heads):
+    """Positions [B, K or 1, S] that each KV head sees on a rung, also where heads share slots or some have none."""
+    pos = np.asarray(tier_pos(tier, num_sinks))
+    if tier.head is not None:
+        return np.where(np.asarray(tier.head) == np.arange(heads)[None, :, None], pos, -1)
+    if tier.heads is None:
+        return pos
+    return np.where(np.isin(np.arange(heads), tier.heads)[None, :, None], pos, -1)
 
 
 def seen_by(sets, num_tokens):

@@ -22,3 +22,13 @@ def chosen(scores, candidates, num):
         order = sorted(candidates, key=lambda t: (-row[t], t))
         kept.append(set(order[:num]))
     return kept
+
+
+def allotted(score, mean, safeguard):
+    """Sets of tokens, a mean of `mean` a head: the best of each up to the safeguard, then the best of all [K, S]."""
+    heads, tokens = score.shape
+    score = score.copy()
+    for row in score:
+        row[np.argsort(-row, kind="stable")[: int(mean * safeguard)]] = np.inf
+    order = np.argsort(-score.ravel(), kind="stable")[: heads * mean]
+    return [set((order[order // tokens == h] % tokens).tolist()) for h in range(heads)]

@@ -1,0 +1,62 @@
+"""Tokens whose values weigh, too: another policy's choice first, then by attention times the value's norm."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kvcomp_jax.policies.base import Prompt, Stat
+from kvcomp_jax.policies.prompt_rank import PromptRank
+from kvcomp_jax.types import pytree, static
+
+
+@pytree
+class ValueWeighted(PromptRank):
+    """Rank the best tokens of another policy first, and the others by its score times the L1 norm of their values.
+
+    What evicting a token does to the output is bounded by its attention times the norm of its projected value; in each
+    head the first tokens are taken by attention alone.
+
+    Attributes:
+      inner: Scores a prompt.
+      first: Share of each head's tokens that its score alone chooses.
+      budget: Tokens that a head keeps; a float is a share of the prompt.
+      beside: How many of them are not ranked.
+      epsilon: Added to scores, so that values count where there is no attention.
+
+    Source: CriticalKV, Feng et al. 2025, arXiv:2502.03805, algorithm 1. There values are multiplied by the output
+    projection first, which a cache does not know.
+    """
+
+    inner: PromptRank = static(default=PromptRank())
+    first: float = static(default=0.5)
+    budget: int | float = static(default=0.5)
+    beside: int = static(default=0)
+    epsilon: float = static(default=1e-4)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inner.num_sinks != self.num_sinks:
+            raise ValueError(f"num_sinks={self.num_sinks} and {self.inner.num_sinks} of the inner policy must agree.")
+        if not 0 <= self.first <= 1 or self.epsilon < 0:
+            raise ValueError(f"first={self.first} must be in [0, 1] and epsilon={self.epsilon} not negative.")
+
+    def num_probes(self, capacity: int) -> int:
+        """The inner policy's."""
+        return self.inner.num_probes(capacity)
+
+    def choose_probes(self, at: jax.Array, capacity: int) -> jax.Array:
+        """The inner policy's."""
+        return self.inner.choose_probes(at, capacity)
+
+    def from_prompt(self, stat: Stat | None, prompt: Prompt) -> jax.Array:
+        """The scores, f32[B, K, S]."""
+        place = jnp.arange(prompt.k.shape[2])[None]
+        candidate = ((place >= self.num_sinks) & (place < prompt.length[:, None]))[:, None]
+        score = jnp.where(candidate, self.inner.from_prompt(stat, prompt), -jnp.inf)
+        rank = jnp.argsort(lax.top_k(score, score.shape[-1])[1], -1)
+        tokens = jnp.full_like(prompt.length, self.budget)
+        if isinstance(self.budget, float):
+            tokens = jnp.floor(prompt.length * self.budget).astype(jnp.int32)
+        first = jnp.floor(self.first * (tokens - self.beside)).astype(jnp.int32)
+        norm = jnp.abs(prompt.v.astype(jnp.float32)).sum(-1)
+        return jnp.where(rank < first[:, None, None], jnp.inf, (score + self.epsilon) * norm)
