@@ -123,9 +123,8 @@ def _fill_by_score(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tupl
         k, v, (index, stat) = arranged(tier, rows.k, rows.v, (index, rows.stat))
         k, v = tier.k_codec.encode(k, index), tier.v_codec.encode(v, index)
         kept = jnp.where(index < num_slots, index, -1)
-        if tier.stat is not None:
-            stat = jax.tree.map(lambda x, live=kept >= 0: jnp.where(expand(live, x), x, 0), stat)
-        where = None if tier.pos is None else kept
-        tiers.append(dataclasses.replace(tier, k=k, v=v, pos=where, stat=stat, entered=count))
+        masked = jax.tree.map(lambda x, live=kept >= 0: jnp.where(expand(live, x), x, 0), stat)
+        what = {"pos": None if tier.pos is None else kept, "stat": None if tier.stat is None else masked}
+        tiers.append(dataclasses.replace(tier, k=k, v=v, entered=count, **what))
         first = first + here
     return tuple(tiers)
