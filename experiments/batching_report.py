@@ -77,7 +77,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     )
     for axes, row in zip(panels[:, 0], rows, strict=True):
         seconds, live, made = np.array(row["trace"]).T
-        axes.step(seconds, live, where="post", color="C0")
+        axes.fill_between(seconds, live, step="post", color="C0", alpha=0.35, linewidth=0)
         axes.set_ylim(0, slots + 0.5)
         axes.set_ylabel("slots in use", color="C0")
         axes.set_title(

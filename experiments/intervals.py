@@ -17,4 +17,5 @@ def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[flo
     z, share = NormalDist().inv_cdf((1 + confidence) / 2), successes / trials
     spread = z * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
     middle, stretch = share + z * z / (2 * trials), 1 + z * z / trials
-    return max((middle - spread) / stretch, 0.0), min((middle + spread) / stretch, 1.0)
+    low, high = (middle - spread) / stretch, (middle + spread) / stretch
+    return min(max(low, 0.0), share), max(min(high, 1.0), share)  # rounding may cross the share at 0 and 1

@@ -93,7 +93,9 @@ def print_table(console: Console, folder: Path) -> None:
     headings, rows = cells(results)
     table = Table(title=f"{results['meta']['model']}: share of right answers", box=box.SIMPLE, pad_edge=False)
     for heading in headings:
-        table.add_column(heading.replace("_", " "), justify="left" if heading == "method" else "right")
+        first = heading == "method"
+        side = "left" if first else "right"
+        table.add_column(heading.replace("_", " "), justify=side, no_wrap=first, min_width=len("0.00–1.00"))
     for row in rows:
         table.add_row(*(cell.replace(" (", "\n").replace(")", "") if i > 1 else cell for i, cell in enumerate(row)))
     needed = Console(width=1000).measure(table).minimum
@@ -115,13 +117,12 @@ def plot_tasks(results: dict[str, Any], file: Path) -> None:
             color = "0.5" if rows[y]["method"] == "full" else f"C{y % 10}"
             axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
         axes.axvline(found[0][0], color="0.7", linestyle=":")
-        axes.set_title(task.replace("_", " ") + (" (says nothing)" if task in nothing else ""), fontsize=10)
+        axes.set_title(task.replace("_", " ") + (" †" if task in nothing else ""), fontsize=10)
         axes.set_xlim(-0.03, 1.03)
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=7)
         axes.invert_yaxis()
         axes.grid(alpha=0.25, axis="x")
-    for axes in panels[-1:]:
-        axes.set_xlabel("share of right answers")
+    panels[-1].set_xlabel("share of right answers; † says nothing", fontsize=8)
     _save(figure, file)
 
 

@@ -83,7 +83,7 @@ class Source:
 
     def draw(self, rng: np.random.Generator, num: int) -> list[str]:
         """Different words."""
-        return [str(word) for word in rng.choice(self.words, num, replace=num > len(self.words))]
+        return [str(word) for word in rng.choice(self.words, num, replace=False)]
 
 
 def make_cases(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import FuncFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -84,10 +85,12 @@ def plot(results: dict[str, Any], file: Path) -> None:
         below.plot(at, [point["bytes_used"] / 1e6 for point in row["curve"]], marker=".", **style)
     for axes, title in ((above, "perplexity"), (below, "cache, MB used")):
         axes.set_yscale("log")
+        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            ticks(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.set_ylabel(title)
         axes.grid(alpha=0.25, which="both")
     above.set_title(f"{results['meta']['model']}: a stream through the cache")
-    above.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     below.set_xlabel("tokens so far")
     figure.savefig(file)
     plt.close(figure)

@@ -85,6 +85,13 @@ def test_intervals_equal_scipy(successes, trials):
     np.testing.assert_allclose(wilson(successes, trials), (expected.low, expected.high), atol=1e-12)
 
 
+@pytest.mark.parametrize("trials", range(1, 60, 7))
+def test_intervals_hold_their_share(trials):
+    for successes in (0, trials / 3, trials):
+        low, high = wilson(successes, trials)
+        assert 0 <= low <= successes / trials <= high <= 1
+
+
 def test_impossible_counts_are_refused():
     with pytest.raises(ValueError, match="successes=3"):
         wilson(3, 2)
