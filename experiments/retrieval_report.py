@@ -122,7 +122,7 @@ def plot_tasks(results: dict[str, Any], file: Path) -> None:
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=7)
         axes.invert_yaxis()
         axes.grid(alpha=0.25, axis="x")
-    panels[-1].set_xlabel("share of right answers; † says nothing", fontsize=8)
+    figure.supxlabel("share of right answers; † says nothing", fontsize=9)
     _save(figure, file)
 
 

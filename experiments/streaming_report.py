@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -84,11 +84,15 @@ def plot(results: dict[str, Any], file: Path) -> None:
         above.plot(at, np.exp([point["nll"] for point in row["curve"]]), marker=".", label=row["method"], **style)
         below.plot(at, [point["bytes_used"] / 1e6 for point in row["curve"]], marker=".", **style)
     for axes, title in ((above, "perplexity"), (below, "cache, MB used")):
-        axes.set_yscale("log")
-        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            ticks(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.set_ylabel(title)
-        axes.grid(alpha=0.25, which="both")
+        axes.grid(alpha=0.25)
+    lowest, highest = above.get_ylim()
+    if highest > 4 * lowest:
+        above.set_yscale("log")
+        above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        above.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        above.yaxis.set_minor_formatter(NullFormatter())
+    below.set_ylim(bottom=0)
     above.set_title(f"{results['meta']['model']}: a stream through the cache")
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     below.set_xlabel("tokens so far")
