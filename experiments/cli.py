@@ -6,9 +6,12 @@ import difflib
 import importlib.metadata
 import io
 import platform
+import shlex
 import sys
 import types
 from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -78,6 +81,21 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "device": " ".join(dict.fromkeys((device.platform, device.device_kind))),
         "machine": platform.machine(),
+    }
+
+
+def provenance(config: Any, script: str) -> dict[str, Any]:
+    """What results are kept with: the command, when, versions and device, and every setting but the folder."""
+    settings = {
+        name: str(x) if isinstance(x, Path) else list(x) if isinstance(x, tuple) else x
+        for name, x in dataclasses.asdict(config).items()
+    }
+    settings.pop("out", None)
+    return {
+        "command": shlex.join(["python", "-m", f"experiments.{script}", *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment(),
+        **settings,
     }
 
 

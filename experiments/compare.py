@@ -6,9 +6,7 @@ index.html; an interrupted run goes on where it stopped.
 
 import dataclasses
 import hashlib
-import shlex
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import kvcomp_jax as kvc
 import models
 from experiments import report
-from experiments.cli import GROUPS, environment, run, split_methods
+from experiments.cli import GROUPS, provenance, run, split_methods
 from experiments.measure import Bench, saves
 from experiments.protocol import Score, cut_windows
 from experiments.results import Results
@@ -124,12 +122,8 @@ def check(config: Config, layout: kvc.Layout, methods: list[str]) -> None:
 
 
 def _meta(config: Config, methods: list[str], num_tokens: int, windows: np.ndarray) -> dict[str, Any]:
-    settings = dataclasses.asdict(config)
     return {
-        "command": shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]]),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment(),
-        **{name: str(value) if isinstance(value, Path) else value for name, value in settings.items() if name != "out"},
+        **provenance(config, "compare"),
         "methods": methods,
         "text_tokens": num_tokens,
         "windows_sha256": hashlib.sha256(windows.tobytes()).hexdigest(),  # of the scored tokens, int32

@@ -67,14 +67,59 @@ def score_stream(
 ) -> jax.Array:
     """As `score_chunk`, but tokens go one at a time through `decode`, so that flushes and evictions count."""
 
-    def step(carry: Any, token: jax.Array) -> tuple[Any, jax.Array]:
-        caches, since = carry
-        logits, caches = model.apply(params, token[None, None], caches)
-        due = since + 1 >= block_size
-        caches = lax.cond(due, lambda cs: tuple(kvc.settle(c) for c in cs), lambda cs: cs, caches)
-        return (caches, jnp.where(due, 0, since + 1)), logits[0, 0]
+    def step(state: Any, token: jax.Array) -> tuple[Any, jax.Array]:
+        logits, state = _decode(model, block_size, params, token, state)
+        return state, logits
 
     return lax.scan(step, (caches, jnp.int32(0)), tokens[:-1])[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def feed(
+    model: Transformer, block_size: int, params: Any, tokens: jax.Array, targets: jax.Array, state: tuple[Any, Any]
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """Feed tokens i32[N, T] on top of caches and score targets i32[N, T], each the token after.
+
+    T = 1 decodes one by one, so that flushes and evictions count; with more, the T tokens of a row are read together,
+    each attending to the cache as it was before them and exactly to those of its row.
+
+    Args:
+      model, block_size: `CachePlan.block_size` of the caches.
+      params: Of the model.
+      tokens, targets: See above.
+      state: Caches, and i32[] steps since they last settled, 0 at first.
+
+    Returns:
+      Negative log-likelihoods f32[N * T], and the state.
+    """
+    heads, num_tokens = model.config.num_heads, tokens.shape[1]
+
+    def step(state: Any, row: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        if num_tokens == 1:
+            logits, state = _decode(model, block_size, params, row[0][0], state)
+            logits = logits[None]
+        else:
+            turn = tuple(
+                kvc.open_prompt(cache, num_tokens, fresh=False, final=True, num_heads=heads) for cache in state[0]
+            )
+            out, caches = model.apply(params, row[0][None], turn)
+            logits, state = out[0], (caches, state[1])
+        log_probs = jax.nn.log_softmax(logits, -1)
+        return state, -jnp.take_along_axis(log_probs, row[1][:, None], -1)[:, 0]
+
+    state, nll = lax.scan(step, state, (tokens, targets))
+    return nll.reshape(-1), state
+
+
+def _decode(
+    model: Transformer, block_size: int, params: Any, token: jax.Array, state: tuple[Any, Any]
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """Decode one token i32[] and settle when due: logits f32[V], caches and steps since they settled."""
+    caches, since = state
+    logits, caches = model.apply(params, token[None, None], caches)
+    due = since + 1 >= block_size
+    caches = lax.cond(due, lambda cs: tuple(kvc.settle(c) for c in cs), lambda cs: cs, caches)
+    return logits[0, 0], (caches, jnp.where(due, 0, since + 1))
 
 
 _compare = jax.jit(compare_logits)

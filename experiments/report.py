@@ -1,16 +1,15 @@
 """What people read: a table, a plot and one self-contained page, all made from results.json."""
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments import page
 from experiments.results import write_atomically
 
 matplotlib.use("Agg")
@@ -27,13 +26,10 @@ def write(folder: Path) -> None:
     """Write pareto.png and index.html beside results.json."""
     results = read(folder)
     plot(results, folder / "pareto.png")
-    picture = base64.b64encode((folder / "pareto.png").read_bytes()).decode()
-    here = Path(__file__).parent
-    loader = jinja2.FileSystemLoader(here)
-    environment = jinja2.Environment(autoescape=True, loader=loader, undefined=jinja2.StrictUndefined)
-    environment.filters["cells"] = cells
-    page = environment.get_template("report.html.jinja").render(**results, picture=picture, columns=COLUMNS)
-    write_atomically(folder / "index.html", page)
+    table = [(cells(row), row["note"]) for row in results["rows"]]
+    picture = folder / "pareto.png"
+    text = page.render("report.html.jinja", meta=results["meta"], table=table, picture=picture, columns=COLUMNS)
+    write_atomically(folder / "index.html", text)
 
 
 # Title, what it means.

@@ -86,16 +86,21 @@ def next_positions(length: jax.Array, num_tokens: int) -> jax.Array:
     return length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
 
 
-def settle(cache: LayerCache) -> LayerCache:
+def settle(cache: LayerCache, rows: jax.Array | None = None) -> LayerCache:
     """Move one block down the ladder in every row whose window holds `window + block_size` tokens.
 
     Due every `block_size` decoded tokens. Kept out of `decode`, so that a step neither branches nor rewrites.
+
+    Args:
+      cache: Any.
+      rows: bool[B], only these: in a batch whose rows began at different times, each is due at its own. None is all.
     """
     spec = cache.spec
     if not spec.rungs:
         return cache
     size, tiers = spec.block_size, cache.tiers
     due = cache.length - spec.policy.num_sinks - cache.settled >= cache.window_limit + size
+    due = due if rows is None else due & rows
     index = cache.settled[:, None] + jnp.arange(size, dtype=jnp.int32)[None]  # [B, P]
     slot = (index % spec.window_slots)[:, None]
     heads = cache.window.k.shape[:2]

@@ -12,6 +12,7 @@ import numpy as np
 
 import kvcomp_jax as kvc
 from models import decode_loop
+from models.config import ModelConfig
 from models.language_model import LanguageModel
 from models.programs import compiled, timed
 from models.rehearse import pass_tokens, rehearse
@@ -92,9 +93,7 @@ def generate(
     plan = kvc.parse(method).plan(lm.layout, max_len=max_len, prompt_len=max(lengths))
     dtype = cache_dtype or lm.dtype
     caches = plan.init(batch=len(ids), dtype=dtype, prompt_lens=lengths)
-    # A cached key keeps its angle, so frequencies that switch at a length (longrope) go by the final one throughout.
-    switching = any(rope is not None and rope.kind == "longrope" for rope in lm.config.ropes)
-    rope_len = jnp.asarray(lengths, jnp.int32) + max_new_tokens if switching else None
+    rope_len = jnp.asarray(lengths, jnp.int32) + max_new_tokens if switches(lm.config) else None
     logits, caches, prefill_s, prefill_compile_s = prefill(lm, ids, caches, rope_len)
     state = decode_loop.start(caches, logits, max_new_tokens, seed=seed, rope_len=rope_len)
     state, texts, decode_s, compile_s = _decode(lm, plan, sampling, state, stops, stream)
@@ -104,6 +103,11 @@ def generate(
     whole = kvc.forecast(full, np.asarray(state.caches[0].length).tolist(), dtype)
     rate = sum(map(len, rows)) / decode_s if decode_s else float("inf")
     return Generation(texts, rows, Stats(prefill_s, decode_s, prefill_compile_s + compile_s, rate, held, whole))
+
+
+def switches(config: ModelConfig) -> bool:
+    """Whether frequencies switch at a length (longrope): a cached key keeps its angle, so all go by the final one."""
+    return any(rope is not None and rope.kind == "longrope" for rope in config.ropes)
 
 
 def prefill(

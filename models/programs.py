@@ -23,6 +23,11 @@ def compiled(function: Any, static: tuple[Any, ...], *args: Any) -> tuple[Callab
     return _programs[key], time.perf_counter() - start if fresh else 0.0
 
 
+def count(function: Any) -> int:
+    """Programs of a jitted function so far."""
+    return sum(key[0] is function for key in _programs)
+
+
 def timed(function: Any, static: Any, *args: Any) -> tuple[Any, float, float]:
     """Call a compiled program: its result, seconds of work, seconds of compilation."""
     program, compile_s = compiled(function, (static,), *args)
