@@ -23,6 +23,7 @@ OPERATIONS = (
     "hadamard",
     "gather_decode",
     "low_rank_decode",
+    "entropy_decode",
     "prefill",
 )
 SMOLLM2 = ModelConfig(
