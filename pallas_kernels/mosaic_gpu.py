@@ -135,6 +135,29 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Rows that programs share: each has one or two warpgroups that compute, 64 rows each, and one that fetches."""
+
+    machine: Machine
+    num_rows: int
+
+    @property
+    def readers(self) -> int:
+        """Warpgroups of a program that compute."""
+        return min(2, pl.cdiv(self.num_rows, WARPGROUP_ROWS))
+
+    @property
+    def block(self) -> int:
+        """Rows of a program."""
+        return self.readers * WARPGROUP_ROWS
+
+    @property
+    def num_blocks(self) -> int:
+        """Programs."""
+        return pl.cdiv(self.num_rows, self.block)
+
+
+@dataclasses.dataclass(frozen=True)
 class Ring:
     """Buffers in shared memory that one warpgroup fills, step by step, and others read.
 

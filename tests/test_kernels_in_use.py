@@ -39,7 +39,7 @@ def test_reading_a_prompt_takes_the_kernels_of_prefill_and_quantise():
     cache = make("int4", batch=1, num_kv_heads=2, max_len=256)
     with compile_for(Target("tpu")):
         program = str(jax.make_jaxpr(kvc.prefill)(cache, *qkv(0, 1, 256)))
-    assert {"name=prefill_tpu", "name=quantize_pack"} <= set(re.findall(r"name=\w+", program))
+    assert {"name=prefill", "name=quantize_pack"} <= set(re.findall(r"name=\w+", program))
 
 
 def test_backends_to_do_without_are_passed_over_and_say_so(monkeypatch):

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,10 @@ class Config:
     devices: str = "v5e,v6e,h200"
     """Devices, separated by commas."""
     only: str = ""
-    """Compile groups that contain this text, e.g. "quantized_decode"."""
+    """Compile programs in whose group and name this regular expression is found, e.g. "decode step.*int8"."""
+    layers: int = 2
+    """Layers of the models whose decode steps are compiled, of 30 and 32 that are all alike; 0 = all, which takes
+    minutes each."""
     out: Path = Path("benchmarks/results/aot.json")
     """Where the records go."""
     timeout_s: int = 900
@@ -47,12 +51,16 @@ def main(config: Config) -> None:
     unknown = [name for name in names if name not in DEVICES]
     if unknown:
         raise ValueError(f"device {unknown[0]!r} is unknown; choose from {', '.join(DEVICES)}.")
+    try:
+        re.compile(config.only)
+    except re.error as error:
+        raise ValueError(f"only={config.only!r} is no regular expression: {error}.") from error
     records = []
     with Progress(console=Console(stderr=True)) as progress:
-        groups = [(name, group, found) for name in names for group, found in _groups(name, config.only)]
+        groups = [(name, group, found) for name in names for group, found in _groups(name, config)]
         task = progress.add_task("compiling", total=sum(len(found) for *_, found in groups))
         with ThreadPoolExecutor(config.workers) as pool:
-            futures = [pool.submit(_compile, *group, config.timeout_s) for group in groups]
+            futures = [pool.submit(_compile, *group, config) for group in groups]
             for (name, group, found), future in zip(groups, futures, strict=True):
                 progress.update(task, description=f"{name}: {group}")
                 records += future.result()
@@ -60,7 +68,8 @@ def main(config: Config) -> None:
     for record in records:
         record["failed"] = failure(record)
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps({"meta": environment(), "records": records}, indent=1) + "\n")
+    meta = {**environment(), "layers": config.layers or "all"}
+    config.out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
     _print(records)
     failed = [record for record in records if record["failed"]]
     if failed:
@@ -90,46 +99,51 @@ def failure(record: dict[str, Any]) -> str:
     return ""
 
 
-def _groups(device_name: str, only: str) -> list[tuple[str, list[Program]]]:
+def _groups(device_name: str, config: Config) -> list[tuple[str, list[Program]]]:
     groups = collections.defaultdict(list)
-    for program in programs(DEVICES[device_name]):
-        if only in program.group:
+    for program in programs(DEVICES[device_name], config.layers):
+        if re.search(config.only, f"{program.group} / {program.name}"):
             groups[program.group].append(program)
     return list(groups.items())
 
 
-def _compile(device_name: str, group: str, found: list[Program], timeout_s: int) -> list[dict[str, Any]]:
+def _compile(device_name: str, group: str, found: list[Program], config: Config) -> list[dict[str, Any]]:
     """Records of a group; what a dying compiler took with it is tried again alone."""
-    records = {record["name"]: record for record in _process(device_name, group, "", timeout_s)[0]}
+    done, said = _process(device_name, group, found, config)
+    records = {record["name"]: record for record in done}
     for program in found:
         if program.name not in records:
-            alone, said = _process(device_name, group, program.name, timeout_s)
+            if len(found) > 1:
+                done, said = _process(device_name, group, [program], config)
             lost = {"device": device_name, "group": group, "name": program.name, "expects_kernel": program.kernels}
-            records[program.name] = alone[0] if alone else {**lost, "error": f"the compiler died: {said[-500:]}"}
+            records[program.name] = done[0] if done else {**lost, "error": f"the compiler died: {said[-500:]}"}
     return list(records.values())
 
 
-def _process(device_name: str, group: str, only: str, timeout_s: int) -> tuple[list[dict[str, Any]], str]:
-    command = [sys.executable, "-m", "benchmarks.aot.compile_group", device_name, group, only]
+def _process(device_name: str, group: str, found: list[Program], config: Config) -> tuple[list[dict[str, Any]], str]:
+    names = [program.name for program in found]
+    command = [sys.executable, "-m", "benchmarks.aot.compile_group", device_name, group, str(config.layers), *names]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nobody holds a device here
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout_s)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=config.timeout_s)
         said, complaint = done.stdout, done.stderr
     except subprocess.TimeoutExpired as stopped:
-        said, complaint = (stopped.stdout or b"").decode(), f"stopped after {timeout_s} s"
+        said, complaint = (stopped.stdout or b"").decode(), f"stopped after {config.timeout_s} s"
     return [json.loads(line[4:]) for line in said.splitlines() if line.startswith("aot:")], complaint
 
 
 def _print(records: list[dict[str, Any]]) -> None:
     table = Table(title="compiled ahead of time")
-    for title in ("device", "group", "programs", "failed", "temporary / arguments", "registers", "spills", "shared kB"):
+    figures = {"registers": ("registers", 1), "spills": ("spills", 1), "shared kB": ("shared_bytes", 1024),
+               "VMEM kB": ("vmem_bytes", 1024)}  # fmt: skip
+    for title in ("device", "group", "programs", "failed", "temporary / arguments", *figures):
         table.add_column(title, justify="left" if title in ("device", "group") else "right")
     groups = collections.defaultdict(list)
     for record in records:
         groups[record["device"], record["group"]].append(record)
 
-    def most(found: list[dict[str, Any]], key: str, scale: float = 1) -> str:
+    def most(found: list[dict[str, Any]], key: str, scale: int) -> str:
         values = [record[key] for record in found if key in record]
         return f"{max(values) / scale:.0f}" if values else ""
 
@@ -137,8 +151,8 @@ def _print(records: list[dict[str, Any]]) -> None:
         compiled = [r for r in found if "error" not in r]
         share = max((r["temporary_bytes"] / r["argument_bytes"] for r in compiled), default=0.0)
         failed = sum(bool(r["failed"]) for r in found)
-        figures = (most(found, "registers"), most(found, "spills"), most(found, "shared_bytes", 1024))
-        table.add_row(device, group, str(len(found)), str(failed), f"{share:.1%}", *figures)
+        largest = (most(found, *figure) for figure in figures.values())
+        table.add_row(device, group, str(len(found)), str(failed), f"{share:.1%}", *largest)
     Console().print(table)
 
 

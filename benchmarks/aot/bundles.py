@@ -1,4 +1,4 @@
-"""What the TPU compiler scheduled: instruction bundles of a kernel's loops and its vector memory.
+"""What the TPU compiler scheduled: instruction bundles of a kernel's loops.
 
 Works on what `LIBTPU_INIT_ARGS="--xla_jf_dump_to=FOLDER --xla_jf_dump_llo_text=true"` leaves. A core starts one bundle
 a cycle, so the bundles of a loop's body are the fewest cycles it can take; waits on memory come on top.
@@ -14,15 +14,13 @@ class Schedule(NamedTuple):
 
     step: int  # bundles of a step of the grid outside inner loops, all branches counted
     inner: int  # bundles of one turn of the inner loops
-    vmem_bytes: int  # scratch and double-buffered windows
 
 
 def schedule(folder: Path, kernel: str) -> Schedule:
     """Read the schedule of `kernel`, the name of a Pallas call, from a folder of dumps."""
-    final, first = _only(folder, f"-{kernel}.*-final_bundles.txt"), _only(folder, f"-{kernel}.*-02-original.txt")
+    final = _only(folder, f"-{kernel}.*-final_bundles.txt")
     depths = [len(found) for found in re.findall(r"^ *(?:0x)?[0-9a-f]+ +(?:[A-Z]{2})? *: ?(>*) ?\{", final, re.M)]
-    sizes = re.findall(r"^ *#allocation\d+ \[shape = .*?, space=vmem, size = (0x[0-9a-f]+)", first, re.M)
-    return Schedule(depths.count(1), sum(depth > 1 for depth in depths), sum(int(size, 16) for size in sizes))
+    return Schedule(depths.count(1), sum(depth > 1 for depth in depths))
 
 
 def _only(folder: Path, pattern: str) -> str:

@@ -23,6 +23,7 @@ OPERATIONS = (
     "hadamard",
     "gather_decode",
     "low_rank_decode",
+    "entropy_decode",
     "prefill",
 )
 SMOLLM2 = ModelConfig(
@@ -35,7 +36,6 @@ LLAMA3_8B = ModelConfig(
     vocab_size=128256, max_positions=131072, ropes=(RopeConfig(theta=5e5, dim=128),) * 32,
     sliding_windows=(None,) * 32,
 )  # fmt: skip
-LAYERS = 2  # of the models' 30 and 32: they are all alike, and compilers take minutes for all
 STEPS = {
     "SmolLM2-135M, 8 rows of 8k": (SMOLLM2, 8, 8192),
     "Llama-3-8B, 8 rows of 32k": (LLAMA3_8B, 8, 32768),
@@ -60,8 +60,8 @@ class Program:
     kernels: bool = True
 
 
-def programs(device: Device) -> list[Program]:
-    """All that is compiled for a device."""
+def programs(device: Device, layers: int = 0) -> list[Program]:
+    """All that is compiled for a device; decode steps of models with that many of their layers, 0 = all."""
     found = []
     for operation in OPERATIONS:
         if importlib.util.find_spec(f"pallas_kernels.{operation}.cases") is None:
@@ -76,7 +76,7 @@ def programs(device: Device) -> list[Program]:
                 ]
     for name, (config, batch, context) in STEPS.items():
         for method in METHODS:
-            make = functools.partial(_step, config, method, batch, context)
+            make = functools.partial(_step, _cut(config, layers), method, batch, context)
             found.append(Program(f"decode step / {name}", method, make, kernels=method != "full"))
     return found
 
@@ -94,11 +94,14 @@ def _call(operation: str, backend: str, case: Any) -> tuple[Any, tuple]:
     return jax.jit(call), tuple(x for array, x in zip(arrays, shapes, strict=True) if array)
 
 
+def _cut(config: ModelConfig, layers: int) -> ModelConfig:
+    num_layers = min(layers or config.num_layers, config.num_layers)
+    windows = config.sliding_windows[:num_layers]
+    return dataclasses.replace(config, num_layers=num_layers, ropes=config.ropes[:num_layers], sliding_windows=windows)
+
+
 def _step(config: ModelConfig, method: str, batch: int, context: int) -> tuple[Any, tuple]:
     """One token a row through a model with a compressed cache, caches donated."""
-    config = dataclasses.replace(
-        config, num_layers=LAYERS, ropes=config.ropes[:LAYERS], sliding_windows=config.sliding_windows[:LAYERS]
-    )
     model = Transformer(config, dtype=jnp.bfloat16)
     plan = kvc.parse(method).plan(config.layout, max_len=context, prompt_len=context)
     caches = jax.eval_shape(lambda: plan.init(batch=batch, dtype=jnp.bfloat16))

@@ -3,6 +3,7 @@
 Needs `ptxas` and `cuobjdump`, which Triton's package carries; no GPU.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -49,6 +50,7 @@ def kernel_figures(source: jax.stages.Lowered | str | Path, *, target: str = "sm
     return figures
 
 
+@functools.lru_cache(maxsize=64)  # a model's layers have the same kernels
 def _figures(ptx: str, dynamic_shared: int, target: str) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")

@@ -76,17 +76,18 @@ def _predict(chip: str, name: str) -> dict[str, Any]:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
         }
-        command = [sys.executable, "-m", "benchmarks.aot.compile_group", chip, "quantized_decode / tpu", name]
+        command = [sys.executable, "-m", "benchmarks.aot.compile_group", chip, "quantized_decode / tpu", "0", name]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         if '"error"' in done.stdout or "aot:" not in done.stdout:
             raise RuntimeError(f"{chip}, {name} does not compile: {(done.stdout + done.stderr)[-500:]}")
+        record = json.loads(done.stdout.split("aot:")[1].splitlines()[0])
         found = schedule(Path(folder), "quantized_decode")
     bandwidth, clock = CHIPS[chip]
     bundles = found.step / block + found.inner / tile
     memory_ns, bundle_ns = num_bytes / bandwidth * 1e9, bundles / clock * 1e9
     return {"chip": chip, "case": name, "bytes": num_bytes, "bundles": bundles, "memory_ns": memory_ns,
             "bundle_ns": bundle_ns, "share_of_bandwidth": min(1.0, memory_ns / bundle_ns),
-            "vmem_bytes": found.vmem_bytes, "block": block, "tile": tile}  # fmt: skip
+            "vmem_bytes": record["vmem_bytes"], "block": block, "tile": tile}  # fmt: skip
 
 
 if __name__ == "__main__":

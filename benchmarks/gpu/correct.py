@@ -56,7 +56,7 @@ def check(record: Record, backends: tuple[str, ...], limit: int | None, workers:
 
 
 def _outcome(operation: str, case, backend: str) -> dict:
-    function = getattr(importlib.import_module(f"pallas_kernels.{operation}"), operation)
+    function = getattr(importlib.import_module(f"pallas_kernels.{operation}"), getattr(case, "function", operation))
     with jax.default_device(jax.devices("cpu")[0]):
         args, options = case.arguments()
         want = function(*args, **options, implementation="reference")

@@ -27,6 +27,7 @@ class Side:
     num_levels: int = 22
     block: int = 64
     spread: float = 3.0  # standard deviation of codes
+    room: float = 3.5  # bits of a value that a slot of a serving shape has room for
 
     def format(self, head_dim: int) -> RowFormat:
         """The format of rows of `head_dim`."""
@@ -41,13 +42,7 @@ class Side:
         fmt = self.format(head_dim)
         drawn = rng.normal(self.num_levels / 2, self.spread, shape).round().clip(0, self.num_levels - 1)
         codes = jnp.asarray(drawn.astype(np.uint8))
-        rows, cols = {
-            "token": (slots, 1),
-            "groups": (slots, 2),
-            "channel": (slots // self.block, head_dim),
-            "block": (slots // self.block, 1),
-        }[self.scales]
-        scale = rng.uniform(0.1, 0.3, (*heads, rows, cols)).astype(np.float32)
+        scale = rng.uniform(0.1, 0.3, (*heads, *self._scales(slots, head_dim))).astype(np.float32)
         zero_point = -scale * np.float32(self.num_levels / 2) + rng.normal(size=scale.shape).astype(np.float32)
         scale, zero_point = jnp.asarray(scale), jnp.asarray(zero_point)
         if isinstance(fmt, PlaneFormat):
@@ -60,6 +55,31 @@ class Side:
         room = -(-fmt.num_streams * fmt.stream * fmt.max_bits // 32) + fmt.num_streams
         written = _write_streams(codes, lengths, choice, room, fmt)
         return Streams(*written, choice, scale, zero_point), lengths  # type: ignore[call-arg]
+
+    def shapes(self, shape: tuple[int, int, int, int]) -> tuple:
+        """What `draw` returns as ShapeDtypeStructs; a slot has room for `room` bits a value."""
+        (*heads, slots, head_dim), fmt = shape, self.format(shape[-1])
+        units, values = (*heads, slots // self.block), self.block * head_dim
+        scale = jax.ShapeDtypeStruct((*heads, *self._scales(slots, head_dim)), jnp.float32)
+
+        def array(n: int, dtype: str) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*units, n), jnp.dtype(dtype))
+
+        if isinstance(fmt, PlaneFormat):
+            stored = array(int(self.room * fmt.num_packs), "uint16"), array(fmt.head_bytes, "uint8")
+            return Planes(*stored, scale, scale), None
+        lengths = jax.ShapeDtypeStruct((*heads, 3, self.num_levels), jnp.uint8)
+        stored = array(int(self.room * values) // 32, "uint32"), array(fmt.num_streams, "uint8")
+        return Streams(*stored, jax.ShapeDtypeStruct(units, jnp.uint8), scale, scale), lengths
+
+    def _scales(self, slots: int, head_dim: int) -> tuple[int, int]:
+        """Rows and columns of scales."""
+        return {
+            "token": (slots, 1),
+            "groups": (slots, 2),
+            "channel": (slots // self.block, head_dim),
+            "block": (slots // self.block, 1),
+        }[self.scales]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +107,34 @@ class Case:
         v, v_lengths = self.v.draw(rng, shape)
         pos, q_pos = draw_positions(rng, self.positions, shape[:3], self.rows)
         length = jnp.asarray(np.array(self.length, np.int32))
-        options = {
+        return (
+            jnp.asarray(q.astype(jnp.dtype(self.dtype))),
+            k,
+            v,
+            k_lengths,
+            v_lengths,
+            length,
+            pos,
+            q_pos,
+        ), self.options
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of `entropy_decode`."""
+        return {
             "k_format": self.k.format(self.head_dim),
             "v_format": self.v.format(self.head_dim),
             "soft_cap": self.soft_cap,
             "sliding_window": self.sliding_window,
         }
-        return (jnp.asarray(q.astype(jnp.dtype(self.dtype))), k, v, k_lengths, v_lengths, length, pos, q_pos), options
+
+    def shapes(self) -> tuple:
+        """The positional arguments as ShapeDtypeStructs, without positions; draws nothing."""
+        heads = (len(self.length), self.num_kv_heads)
+        shape = (*heads, self.num_slots, self.head_dim)
+        (k, k_lengths), (v, v_lengths) = self.k.shapes(shape), self.v.shapes(shape)
+        q = jax.ShapeDtypeStruct((*heads, self.rows, self.head_dim), jnp.dtype(self.dtype))
+        return q, k, v, k_lengths, v_lengths, jax.ShapeDtypeStruct(heads[:1], jnp.int32), None, None
 
 
 PACKED = Side("planes", "token", num_levels=12, spread=2.0)
@@ -108,6 +149,10 @@ CASES = {
         for scales in ("token", "channel", "block", "groups")
     },
     **{f"head_dim-{d}": Case(head_dim=d, num_kv_heads=1) for d in (65, 80, 96, 128, 256)},
+    **{
+        f"keys-token-values-channel-{scales}": Case(Side("token", scales), Side("channel", scales))
+        for scales in ("token", "channel", "groups")
+    },
     "planes-head_dim-80": Case(PACKED, PACKED, head_dim=80),
     **{f"rows-{r}": Case(rows=r, num_kv_heads=1) for r in (1, 7, 16, 40)},
     "blocks-of-two-sizes": Case(Side("token", "block"), Side("channel", "token", block=128)),
@@ -120,4 +165,16 @@ CASES = {
     "positions": Case(positions="shared"),
     "positions-per-head": Case(PACKED, PACKED, positions="per head"),
     "sliding-window": Case(positions="shared", sliding_window=50),
+}
+
+# What the ahead-of-time compilation measures: the defaults of PackKV and KVComp.
+SERVING = {
+    f"{name}-head_dim-{head_dim}": Case(
+        k, v, head_dim, num_kv_heads=heads, rows=rows, num_slots=32768, length=(32768,) * 8, dtype="bfloat16"
+    )
+    for name, k, v in (
+        ("planes", Side("planes", "token", 12, room=3.0), Side("planes", "token", 7, room=2.75)),
+        ("streams", Side("token", "block"), Side("channel", "token", 12)),
+    )
+    for head_dim, heads, rows in ((64, 3, 3), (128, 8, 4))
 }

@@ -3,9 +3,9 @@
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.prefill.reference import MASK_VALUE
+from pallas_kernels.prefill.reference import MASK_VALUE, stands_at
 
-__all__ = ["MASK_VALUE", "mass", "prefill"]
+__all__ = ["MASK_VALUE", "mass", "prefill", "probe_mass"]
 
 
 def prefill(
@@ -68,8 +68,44 @@ def mass(
     """
     _check(q, k, k, start)
     options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
-    args = (q, k, lse, start, length)
-    return dispatch.call("prefill", implementation, *args, **options, function="mass", interpret=interpret)
+    at = stands_at(start, length, q.shape[3])
+    return probe_mass(q, k, lse, at, **options, implementation=implementation, interpret=interpret)
+
+
+def probe_mass(
+    q: jax.Array,
+    k: jax.Array,
+    lse: jax.Array,
+    at: jax.Array,
+    *,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Sum the attention probabilities that each key received from queries anywhere in the text.
+
+    Args:
+      q: [B, K, G, N, D], already multiplied by the softmax scale.
+      k: [B, K, S, D].
+      lse: f32[B, K, G, N], log of the softmax denominators.
+      at: i32[B, N], slot at which each query stands, in any order; -1 = none.
+      soft_cap, sliding_window, implementation, interpret: As in `mass`.
+
+    Returns:
+      f32[B, K, S], summed over queries and over the G heads of a group.
+
+    Raises:
+      ValueError: If shapes disagree.
+    """
+    if q.ndim != 5 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"probe_mass needs q [B, K, G, N, D] and k [B, K, S, D]; got {q.shape}, {k.shape}.")
+    if at.shape != (q.shape[0], q.shape[3]) or lse.shape != q.shape[:4]:
+        raise ValueError(f"at {at.shape} must be [B, N] and lse {lse.shape} [B, K, G, N] for q {q.shape}.")
+    options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
+    return dispatch.call(
+        "prefill", implementation, q, k, lse, at, **options, function="probe_mass", interpret=interpret
+    )
 
 
 def _check(q, k, v, start) -> None:

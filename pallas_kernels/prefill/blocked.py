@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.prefill.block_sizes import KEY_BLOCK, QUERY_BLOCK
-from pallas_kernels.prefill.reference import MASK_VALUE, capped, seen_from, stands_at, visible
+from pallas_kernels.prefill.reference import MASK_VALUE, capped, seen_from, visible
 
 
 def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None):
@@ -48,13 +48,8 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None):
     return acc[:, :, :, :num_queries], top[..., :num_queries], total[..., :num_queries]
 
 
-def mass(q, k, lse, start, length, *, soft_cap=None, sliding_window=None):
-    """See `api.mass`."""
-    return probe_mass(q, k, lse, stands_at(start, length, q.shape[3]), soft_cap=soft_cap, sliding_window=sliding_window)
-
-
 def probe_mass(q, k, lse, at, *, soft_cap=None, sliding_window=None):
-    """See `statistics.probe_mass`."""
+    """See `api.probe_mass`."""
     num_slots = k.shape[2]
     block_k = min(KEY_BLOCK, num_slots)
     q_blocks, block_q = query_blocks(q)

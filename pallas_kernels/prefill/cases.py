@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of `prefill` or `mass`; `arguments` draws it, `shapes` describes it without arrays."""
+    """One call of `prefill`, `mass` or `probe_mass`; `arguments` draws it, `shapes` describes it without arrays."""
 
     num_queries: int
     num_slots: int
@@ -23,9 +23,12 @@ class Case:
     function: str = "prefill"
 
     def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
-        """Positional and keyword arguments; for `mass` an lse of about the right size and rows 3 queries short."""
+        """Positional and keyword arguments; but for `prefill` an lse of about the right size and rows 3 queries short.
+
+        Queries of `probe_mass` stand anywhere up to the slot where the chunk ends, in no order.
+        """
         rng = np.random.default_rng(seed)
-        q, k, v, start, length = (
+        q, k, v, *_ = (
             jnp.asarray(rng.standard_normal(x.shape), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
             for x in self._all()
         )
@@ -33,8 +36,15 @@ class Case:
         q = q * self.head_dim**-0.5
         if self.function == "prefill":
             return (q, k, v, start), self.options
-        length = jnp.asarray([max(self.num_queries - 3 * i, 0) for i in range(len(self.start))], jnp.int32)
-        return (q, k, jnp.full(q.shape[:4], np.log(self.num_slots), jnp.float32), start, length), self.options
+        lse = jnp.full(q.shape[:4], np.log(self.num_slots), jnp.float32)
+        lengths = [max(self.num_queries - 3 * i, 0) for i in range(len(self.start))]
+        if self.function == "mass":
+            return (q, k, lse, start, jnp.asarray(lengths, jnp.int32)), self.options
+        at = [
+            rng.permutation(np.r_[rng.integers(0, first + length, length), np.full(self.num_queries - length, -1)])
+            for first, length in zip(self.start, lengths, strict=True)
+        ]
+        return (q, k, lse, jnp.asarray(at, jnp.int32)), self.options
 
     @property
     def options(self) -> dict:
@@ -45,7 +55,10 @@ class Case:
         """The positional arguments as ShapeDtypeStructs."""
         q, k, v, start, length = self._all()
         lse = jax.ShapeDtypeStruct(q.shape[:4], jnp.float32)
-        return (q, k, v, start) if self.function == "prefill" else (q, k, lse, start, length)
+        at = jax.ShapeDtypeStruct((q.shape[0], q.shape[3]), jnp.int32)
+        return {"prefill": (q, k, v, start), "mass": (q, k, lse, start, length), "probe_mass": (q, k, lse, at)}[
+            self.function
+        ]
 
     def _all(self) -> tuple:
         batch, shape = len(self.start), jax.ShapeDtypeStruct
@@ -72,12 +85,15 @@ _SHAPES = {
     ),
     "window-head_dim-256-float16": Case(140, 152, (10,), 1, 1, head_dim=256, sliding_window=17, dtype="float16"),
 }
+# `mass` is `probe_mass` of queries in a row, so that blocks before and after them are passed over.
+_CHUNKS = ("one", "blocks", "odd-soft-cap", "window-soft-cap", "blocks-bfloat16", "window-soft-cap-bfloat16")
 CASES = {
     **_SHAPES,
-    **{f"mass-{name}": dataclasses.replace(case, function="mass") for name, case in _SHAPES.items()},
+    **{f"mass-{name}": dataclasses.replace(_SHAPES[name], function="mass") for name in _CHUNKS},
+    **{f"probes-{name}": dataclasses.replace(case, function="probe_mass") for name, case in _SHAPES.items()},
 }
 
-# What the ahead-of-time compilation and the benchmarks measure: a chunk of a prompt.
+# What the ahead-of-time compilation and the benchmarks measure: a chunk of a prompt, and a tenth of it as probes.
 _SERVING = {
     "head_dim-128": Case(512, 32768, (32256,), 4, 8, 128, dtype="bfloat16"),
     "head_dim-64": Case(512, 8192, (7680,) * 2, 3, 3, 64, dtype="bfloat16"),
@@ -86,4 +102,6 @@ _SERVING = {
 SERVING = {
     **_SERVING,
     **{f"mass-{name}": dataclasses.replace(case, function="mass") for name, case in _SERVING.items()},
+    "probes-head_dim-128": dataclasses.replace(_SERVING["head_dim-128"], function="probe_mass", num_queries=52),
+    "probes-head_dim-64": dataclasses.replace(_SERVING["head_dim-64"], function="probe_mass", num_queries=52),
 }

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from pallas_kernels import triton_calls
 from pallas_kernels.prefill.block_sizes import GPU_KEY_BLOCK, GPU_QUERY_BLOCK
+from pallas_kernels.prefill.reach import query_blocks
 from pallas_kernels.prefill.reference import MASK_VALUE
 
 _DEAD = tl.constexpr(MASK_VALUE)
@@ -22,7 +23,7 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None, interpret=Fal
     block_q = min(GPU_QUERY_BLOCK, max(triton.next_power_of_2(num_queries), 16))
     rows = jax.ShapeDtypeStruct(q.shape[:4], jnp.float32)
     acc, top, total = triton_calls.call(
-        _prefill_kernel,
+        _prefill,
         (q.astype(k.dtype), k, v, start.astype(jnp.int32)),
         [jax.ShapeDtypeStruct(q.shape, jnp.float32), rows, rows],
         (triton.cdiv(num_queries, block_q), batch * heads * groups),
@@ -32,13 +33,15 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None, interpret=Fal
     return acc, top, total
 
 
-def mass(q, k, lse, start, length, *, soft_cap=None, sliding_window=None, interpret=False):
-    """See `api.mass`."""
+def probe_mass(q, k, lse, at, *, soft_cap=None, sliding_window=None, interpret=False):
+    """See `api.probe_mass`."""
     batch, heads, _, num_queries, _ = q.shape
     block_q = min(GPU_QUERY_BLOCK, max(triton.next_power_of_2(num_queries), 16))
+    at = at.astype(jnp.int32)
+    reach = query_blocks(at, block_q, GPU_KEY_BLOCK, k.shape[2], sliding_window)
     (out,) = triton_calls.call(
-        _mass_kernel,
-        (q.astype(k.dtype), k, lse.astype(jnp.float32), start.astype(jnp.int32), length.astype(jnp.int32)),
+        _mass,
+        (q.astype(k.dtype), k, lse.astype(jnp.float32), at, *reach),
         [jax.ShapeDtypeStruct(k.shape[:3], jnp.float32)],
         (triton.cdiv(k.shape[2], GPU_KEY_BLOCK), batch * heads),
         {**_sizes(q, k, soft_cap, sliding_window), "block_q": block_q, "block_k": GPU_KEY_BLOCK},
@@ -61,7 +64,7 @@ def _sizes(q: jax.Array, k: jax.Array, soft_cap: float | None, sliding_window: i
 
 
 @triton.jit
-def _prefill_kernel(
+def _prefill(
     q_ptr, k_ptr, v_ptr, start_ptr,  # [B, K, G, T, D] [B, K, S, D] [B, K, S, D] [B]
     acc_ptr, top_ptr, total_ptr,  # [B, K, G, T, D] [B, K, G, T] [B, K, G, T]
     num_heads: tl.constexpr, groups: tl.constexpr, num_queries: tl.constexpr, num_slots: tl.constexpr,
@@ -105,8 +108,8 @@ def _prefill_kernel(
 
 
 @triton.jit
-def _mass_kernel(
-    q_ptr, k_ptr, lse_ptr, start_ptr, length_ptr,  # [B, K, G, T, D] [B, K, S, D] [B, K, G, T] [B] [B]
+def _mass(
+    q_ptr, k_ptr, lse_ptr, at_ptr, first_ptr, end_ptr,  # [B, K, G, T, D] [B, K, S, D] [B, K, G, T] [B, T] [B, J] [B, J]
     out_ptr,  # [B, K, S]
     num_heads: tl.constexpr, groups: tl.constexpr, num_queries: tl.constexpr, num_slots: tl.constexpr,
     dim: tl.constexpr, padded: tl.constexpr, soft_cap: tl.constexpr, sliding_window: tl.constexpr,
@@ -114,23 +117,25 @@ def _mass_kernel(
 ):  # fmt: skip
     """Sum the probabilities that one block of keys receives from all queries of its heads."""
     head = tl.program_id(1).to(tl.int64)
-    start, length = tl.load(start_ptr + head // num_heads), tl.load(length_ptr + head // num_heads)
+    batch = head // num_heads
+    block = batch * tl.num_programs(0) + tl.program_id(0)
+    first, end = tl.load(first_ptr + block), tl.load(end_ptr + block)
     slot, channel = tl.program_id(0) * block_k + tl.arange(0, block_k), tl.arange(0, padded)
     mask = (slot < num_slots)[:, None] & (channel < dim)[None, :]
     k = tl.load(k_ptr + (head * num_slots + slot)[:, None] * dim + channel[None, :], mask=mask, other=0.0)
     total = tl.zeros((block_k,), tl.float32)
-    first = tl.maximum(tl.program_id(0) * block_k - start, 0) // block_q * block_q
     for group in range(groups):
-        for at in tl.range(first, length, block_q):
-            t = at + tl.arange(0, block_q)
+        for i in tl.range(first, end):
+            t = i * block_q + tl.arange(0, block_q)
             row = (head * groups + group) * num_queries + t
             q_mask = (t < num_queries)[:, None] & (channel < dim)[None, :]
             q = tl.load(q_ptr + row[:, None] * dim + channel[None, :], mask=q_mask, other=0.0)
             lse = tl.load(lse_ptr + row, mask=t < num_queries, other=0.0)
+            at = tl.load(at_ptr + batch * num_queries + t, mask=t < num_queries, other=-1)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
             if soft_cap > 0:
                 logits = soft_cap * _tanh(logits / soft_cap)
-            live = _live(start + t, slot, num_slots, sliding_window) & (t < length)[:, None]
+            live = _live(at, slot, num_slots, sliding_window)
             total += tl.sum(tl.where(live, tl.exp(logits - lse[:, None]), 0.0), 0)
     tl.store(out_ptr + head * num_slots + slot, total, mask=slot < num_slots)
 

@@ -19,6 +19,7 @@ from pallas_kernels.mosaic_gpu import (
     LOG2E,
     ROWS,
     WARPGROUP_ROWS,
+    Blocks,
     Machine,
     Ring,
     along,
@@ -28,48 +29,26 @@ from pallas_kernels.mosaic_gpu import (
     tanh,
 )
 from pallas_kernels.prefill.block_sizes import HOPPER_REGISTERS, HOPPER_STAGES, hopper_key_block
-from pallas_kernels.prefill.hopper_mass import mass, probe_mass
+from pallas_kernels.prefill.hopper_mass import probe_mass
 from pallas_kernels.prefill.reference import MASK_VALUE
 
-__all__ = ["mass", "prefill", "probe_mass"]
+__all__ = ["prefill", "probe_mass"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What the kernel must know of a call."""
+class _Plan(Blocks):
+    """What the kernel must know of a call; its rows are the queries of all heads of a group."""
 
-    machine: Machine
-    groups: int
     num_queries: int
     num_slots: int
     block_k: int
     soft_cap: float | None
     sliding_window: int | None
 
-    @property
-    def rows(self) -> int:
-        """Query rows of a KV head."""
-        return self.groups * self.num_queries
-
-    @property
-    def readers(self) -> int:
-        """Warpgroups that compute."""
-        return min(2, pl.cdiv(self.rows, WARPGROUP_ROWS))
-
-    @property
-    def block(self) -> int:
-        """Query rows of a block."""
-        return self.readers * WARPGROUP_ROWS
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of query rows of a KV head."""
-        return pl.cdiv(self.rows, self.block)
-
     def key_blocks(self, start: jax.Array, i: jax.Array) -> tuple[jax.Array, ...]:
         """Key blocks that the rows of block i see: the first, the first and one past the last seen whole, the end."""
         top = i * self.block
-        bottom = jnp.minimum(top + self.block, self.rows) - 1
+        bottom = jnp.minimum(top + self.block, self.num_rows) - 1
         alone = lax.div(top, self.num_queries) == lax.div(bottom, self.num_queries)  # rows of one head are in order
         low = start + jnp.where(alone, lax.rem(top, self.num_queries), 0)
         high = start + jnp.where(alone, lax.rem(bottom, self.num_queries), self.num_queries - 1)
@@ -88,10 +67,11 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None, interpret=Fal
     require_hopper(interpret)
     batch, heads, groups, num_queries, dim = q.shape
     require_operands(keys=k, values=v)
-    plan = _Plan(Machine(interpret), groups, num_queries, k.shape[2], hopper_key_block(dim), soft_cap, sliding_window)
-    rows = q.astype(k.dtype).reshape(batch, heads, plan.rows, dim)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, plan.num_blocks * plan.block - plan.rows), (0, 0)))
-    acc, top, total = (x[:, :, : plan.rows] for x in _call(plan, rows, k, v, start.astype(jnp.int32)))
+    sizes = (groups * num_queries, num_queries, k.shape[2], hopper_key_block(dim))
+    plan = _Plan(Machine(interpret), *sizes, soft_cap, sliding_window)
+    rows = q.astype(k.dtype).reshape(batch, heads, plan.num_rows, dim)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, plan.num_blocks * plan.block - plan.num_rows), (0, 0)))
+    acc, top, total = (x[:, :, : plan.num_rows] for x in _call(plan, rows, k, v, start.astype(jnp.int32)))
     return acc.reshape(q.shape), top.reshape(q.shape[:4]), total.reshape(q.shape[:4])
 
 

@@ -19,6 +19,7 @@ from pallas_kernels.mosaic_gpu import (
     LOG2E,
     ROWS,
     WARPGROUP_ROWS,
+    Blocks,
     Machine,
     Ring,
     along,
@@ -28,54 +29,20 @@ from pallas_kernels.mosaic_gpu import (
     tanh,
 )
 from pallas_kernels.prefill.block_sizes import HOPPER_QUERY_BLOCK, HOPPER_REGISTERS, HOPPER_STAGES
-from pallas_kernels.prefill.reference import stands_at
+from pallas_kernels.prefill.reach import query_blocks
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What the kernel must know of a call."""
+class _Plan(Blocks):
+    """What the kernel must know of a call; its rows are slots."""
 
-    machine: Machine
-    num_slots: int
     block_q: int
     soft_cap: float | None
     sliding_window: int | None
 
-    @property
-    def readers(self) -> int:
-        """Warpgroups that compute."""
-        return min(2, pl.cdiv(self.num_slots, WARPGROUP_ROWS))
-
-    @property
-    def block(self) -> int:
-        """Slots of a block."""
-        return self.readers * WARPGROUP_ROWS
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of slots."""
-        return pl.cdiv(self.num_slots, self.block)
-
-    def query_blocks(self, at: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """For each block of slots, the first block of queries that sees any, and one past the last: i32[B, blocks]."""
-        at = at.reshape(at.shape[0], 1, -1, self.block_q)  # [B, 1, I, Q]
-        slot = jnp.arange(self.num_blocks)[None, :, None] * self.block
-        sees = at.max(-1) >= slot
-        if self.sliding_window is not None:
-            first = jnp.where(at < 0, jnp.iinfo(jnp.int32).max, at).min(-1)
-            sees &= first < slot + self.block - 1 + self.sliding_window
-        first, after_last = sees.argmax(-1), at.shape[2] - sees[..., ::-1].argmax(-1)
-        return first.astype(jnp.int32), jnp.where(sees.any(-1), after_last, first).astype(jnp.int32)
-
-
-def mass(q, k, lse, start, length, *, soft_cap=None, sliding_window=None, interpret=False):
-    """See `api.mass`."""
-    options = {"soft_cap": soft_cap, "sliding_window": sliding_window, "interpret": interpret}
-    return probe_mass(q, k, lse, stands_at(start, length, q.shape[3]), **options)
-
 
 def probe_mass(q, k, lse, at, *, soft_cap=None, sliding_window=None, interpret=False):
-    """See `statistics.probe_mass`."""
+    """See `api.probe_mass`."""
     require_hopper(interpret)
     require_operands(keys=k)
     block_q = min(HOPPER_QUERY_BLOCK, pl.cdiv(q.shape[3], 32) * 32)  # of lse, no less than 128 bytes are copied
@@ -106,7 +73,8 @@ def _call(plan: _Plan, q: jax.Array, k: jax.Array, lse: jax.Array, at: jax.Array
     out = jax.ShapeDtypeStruct((batch, heads, plan.num_blocks * plan.block), jnp.float32)
     kernel = functools.partial(_kernel, plan)
     run = plan.machine.kernel(kernel, out, grid, scratch, warpgroups=plan.readers + 1, approx_math=True)
-    return run(q, k, lse, at, *plan.query_blocks(at))
+    reach = query_blocks(at, block_q, plan.block, plan.num_rows, plan.sliding_window)
+    return run(q, k, lse, at, *reach)
 
 
 def _kernel(

@@ -17,13 +17,8 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None):
     return acc, top, p.sum(-1)
 
 
-def mass(q, k, lse, start, length, *, soft_cap=None, sliding_window=None):
-    """See `api.mass`."""
-    return probe_mass(q, k, lse, stands_at(start, length, q.shape[3]), soft_cap=soft_cap, sliding_window=sliding_window)
-
-
 def probe_mass(q, k, lse, at, *, soft_cap=None, sliding_window=None):
-    """See `statistics.probe_mass`."""
+    """See `api.probe_mass`."""
     logits = capped(jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32), soft_cap)
     live = seen_from(at, jnp.arange(k.shape[2]), sliding_window)
     return jnp.where(live, jnp.exp(logits - lse[..., None]), 0.0).sum((2, 3))

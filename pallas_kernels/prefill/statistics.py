@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import dispatch
-from pallas_kernels.prefill.api import mass, prefill
+from pallas_kernels.prefill.api import mass, prefill, probe_mass
 
 
 class Statistics(NamedTuple):
@@ -85,42 +84,6 @@ def statistics(
         take = jax.vmap(lambda x, rows: jnp.take(x, rows, axis=2, mode="clip"))
         probed = probe_mass(take(q, probes), k, take(lse, probes), at, **options)
     return Statistics(votes, probed, _squares(k, start, length) if key_norms else None)
-
-
-def probe_mass(
-    q: jax.Array,
-    k: jax.Array,
-    lse: jax.Array,
-    at: jax.Array,
-    *,
-    soft_cap: float | None = None,
-    sliding_window: int | None = None,
-    implementation: str | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """Sum the attention probabilities that each key received from queries anywhere in the text.
-
-    Args:
-      q: [B, K, G, N, D], already multiplied by the softmax scale.
-      k: [B, K, S, D].
-      lse: f32[B, K, G, N], log of the softmax denominators.
-      at: i32[B, N], slot at which each query stands, in any order; -1 = none.
-      soft_cap, sliding_window, implementation, interpret: As in `mass`.
-
-    Returns:
-      f32[B, K, S], summed over queries and over the G heads of a group.
-
-    Raises:
-      ValueError: If shapes disagree.
-    """
-    if q.ndim != 5 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"probe_mass needs q [B, K, G, N, D] and k [B, K, S, D]; got {q.shape}, {k.shape}.")
-    if at.shape != (q.shape[0], q.shape[3]) or lse.shape != q.shape[:4]:
-        raise ValueError(f"at {at.shape} must be [B, N] and lse {lse.shape} [B, K, G, N] for q {q.shape}.")
-    options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
-    return dispatch.call(
-        "prefill", implementation, q, k, lse, at, **options, function="probe_mass", interpret=interpret
-    )
 
 
 def _squares(k: jax.Array, start: jax.Array, length: jax.Array) -> jax.Array:

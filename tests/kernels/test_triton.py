@@ -12,10 +12,13 @@ import jax
 import triton
 import triton.language as tl
 
+import kvcomp_jax as kvc
 from pallas_kernels import ptx_emulation, triton_calls
+from pallas_kernels.dispatch import Target, compile_for
 from pallas_kernels.quantized_decode import quantized_decode
 from pallas_kernels.quantized_decode.cases import CASES, Case, channel, token
 from tests.kernels.test_quantized_decode import assert_same_attention
+from tests.laws.parts import make, qkv
 
 pytestmark = pytest.mark.slow
 
@@ -64,3 +67,15 @@ def test_the_interpreter_rounds_bfloat16_and_calls_device_functions():
 def test_instructions_that_are_not_emulated_are_refused():
     with pytest.raises(NotImplementedError, match=r"xor\.b32"):
         ptx_emulation.run("{ xor.b32 $0, $1, $2; }", "=r,r,r", [np.zeros(2, np.uint32)], np.dtype(np.uint16), 2)
+
+
+@pytest.mark.parametrize("method", ["packkv", "kvcomp"])
+def test_a_decode_step_for_a_gpu_multiplies_codes_of_variable_length_as_it_decodes_them(method):
+    cache = make(method, batch=1, num_kv_heads=2, max_len=512)
+    with compile_for(Target("gpu", 90)):
+        *_, rung = kvc.kernels_in_use(cache, num_heads=4)
+        program = str(jax.make_jaxpr(kvc.decode)(cache, *qkv(0, 1, 1)))
+    assert (rung.operation, rung.backend) == ("entropy_decode", "gpu")
+    storage = {"packkv": "planes", "kvcomp": "streams"}[method]
+    assert f"dot_{storage}" in program
+    assert f"mix_{storage}" in program
