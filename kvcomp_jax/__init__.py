@@ -37,6 +37,7 @@ from kvcomp_jax.policies import (
 )
 from kvcomp_jax.prompt import PromptCache, attend, close_prompt, detach, open_prompt, positions, prefill
 from kvcomp_jax.read import decode
+from kvcomp_jax.retrieval import Bounds, Centroids, Lookup
 from kvcomp_jax.rotary import Rotary
 from kvcomp_jax.rows import free_row, insert_row
 from kvcomp_jax.spec import LayerSpec, Rung
@@ -47,8 +48,10 @@ __all__ = [
     "AcrossHeads",
     "Affine",
     "AttnState",
+    "Bounds",
     "Bytes",
     "CachePlan",
+    "Centroids",
     "ChannelScaled",
     "Codebook",
     "Codec",
@@ -64,6 +67,7 @@ __all__ = [
     "LayerCache",
     "LayerSpec",
     "Layout",
+    "Lookup",
     "Method",
     "MethodInfo",
     "Outliers",

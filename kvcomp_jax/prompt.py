@@ -130,7 +130,7 @@ def _close(prompt: PromptCache, cache: LayerCache, staged: Exact) -> LayerCache:
             sliding_window=prompt.sliding_window,
         )
         staged = dataclasses.replace(staged, stat=prompt.policy.from_prompt(staged.stat, seen))
-    return (fill if prompt.fresh else absorb)(cache, staged, prompt.filled)
+    return fill(cache, staged, prompt.filled, prompt.probes) if prompt.fresh else absorb(cache, staged, prompt.filled)
 
 
 def prefill(

@@ -12,6 +12,7 @@ from kvcomp_jax.attention import AttnState, from_logits, merge, unit
 from kvcomp_jax.codecs import Affine, Codec, Encoded, Entropy, Homomorphic, Identity, Packs
 from kvcomp_jax.orders import Order, permute
 from kvcomp_jax.policies import Stat
+from kvcomp_jax.retrieval import LookupState
 from kvcomp_jax.spec import LayerSpec, Rung
 from kvcomp_jax.types import pytree, static
 from pallas_kernels.entropy_decode import entropy_decode
@@ -52,6 +53,7 @@ class Tier:
     unit: int = static()
     keeps: int | None = static(default=None)  # tokens of each block that stay for good; None: all, until displaced
     order: Order | None = static(default=None)
+    lookup: LookupState | None = None  # by what queries choose what they read; None: they read all
 
 
 def init_tier(
@@ -85,6 +87,7 @@ def init_tier(
         # Where positions follow from age, they are those of a unit's tokens only in the order of time. Without a
         # sliding window nobody looks: all that has settled is visible.
         order=None if spec.policy.fifo and spec.sliding_window is not None else rung.order,
+        lookup=rung.lookup and rung.lookup.start(batch, num_kv_heads, rung.capacity, spec.block_size, head_dim, dtype),
     )
 
 
@@ -177,7 +180,7 @@ def attend_by_blocks(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
         logits = logits_of(queries, tier.k_codec, k, here)
         return merge(state, from_logits(logits, visible(queries, here), mix_of(tier.v_codec, v, here))[0])
 
-    return lax.fori_loop(0, (_filled(tier).max() + step - 1) // step, body, unit(queries.q.shape))
+    return lax.fori_loop(0, (filled_slots(tier).max() + step - 1) // step, body, unit(queries.q.shape))
 
 
 def fused_kernel(tier: Tier) -> Callable[[Queries, Tier, int], AttnState] | None:
@@ -205,7 +208,7 @@ def _attend_fused(
     acc, top, total = operation(
         queries.q,
         *rows,
-        _filled(tier),
+        filled_slots(tier),
         None if by_age else tier_pos(tier, num_sinks),
         None if by_age else queries.pos,
         k_format=k_codec.format(head_dim),
@@ -226,7 +229,7 @@ def _attend_entropy(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
         v,
         k_lengths,
         v_lengths,
-        _filled(tier),
+        filled_slots(tier),
         None if by_age else tier_pos(tier, num_sinks),
         None if by_age else queries.pos,
         k_format=k_format,
@@ -244,7 +247,7 @@ _FUSED = {
 }
 
 
-def _filled(tier: Tier) -> jax.Array:
+def filled_slots(tier: Tier) -> jax.Array:
     """Slots of each row at or beyond which there is nothing, i32[B]."""
     in_order = tier.pos is None or tier.keeps is not None
     return jnp.minimum(tier.entered, tier.limit) if in_order else tier.limit

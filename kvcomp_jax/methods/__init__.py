@@ -1,5 +1,7 @@
 """Published systems: one a file, each a function that returns a spec; `METHODS` is the table, `parse` reads text."""
 
+from kvcomp_jax.methods.arkvale import arkvale
+from kvcomp_jax.methods.cluster_kv import cluster_kv
 from kvcomp_jax.methods.decoquant import decoquant
 from kvcomp_jax.methods.expected_attention import expected_attention
 from kvcomp_jax.methods.fp8 import fp8
@@ -14,6 +16,7 @@ from kvcomp_jax.methods.nvfp4 import mxfp4, nvfp4
 from kvcomp_jax.methods.packkv import packkv
 from kvcomp_jax.methods.pyramid_kv import pyramid_kv
 from kvcomp_jax.methods.quarot import quarot
+from kvcomp_jax.methods.quest import quest
 from kvcomp_jax.methods.registry import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.methods.scissorhands import scissorhands
 from kvcomp_jax.methods.snapkv import snapkv
@@ -28,6 +31,8 @@ __all__ = [
     "Context",
     "Method",
     "MethodInfo",
+    "arkvale",
+    "cluster_kv",
     "decoquant",
     "expected_attention",
     "fp8",
@@ -46,6 +51,7 @@ __all__ = [
     "parse",
     "pyramid_kv",
     "quarot",
+    "quest",
     "scissorhands",
     "snapkv",
     "snapstream",

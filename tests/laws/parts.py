@@ -104,6 +104,10 @@ CALIBRATIONS = Path(__file__).parents[1] / "golden" / "methods"
 KVQUANT_3 = "kvquant:calibration=kvquant_3.safetensors"
 KVQUANT_2 = "kvquant:bits=2,outliers=0.05,num_sinks=0,across_heads=False,calibration=kvquant_2.safetensors"
 
+QUEST = "quest:budget=48,full_layers=0"
+CLUSTER_KV = "cluster_kv:budget=30,num_sinks=4,clusters=8,iterations=4,window=16,window_clusters=4,full_layers=0"
+ARKVALE = "arkvale:budget=48,page_size=8,recalls=2,full_layers=0"
+
 METHODS = [
     "full:block_size=16",
     "int8:block_size=16",
@@ -138,6 +142,13 @@ METHODS = [
     "tova:budget=0.5",
     "expected_attention:budget=0.5,num_sinks=2,num_queries=32",
     "scissorhands:budget=0.5,history=40,num_sinks=1",
+    QUEST,
+    "quest:budget=0.5,page_size=8,heads=kv,full_layers=0",
+    "quest:budget=64,heads=1,full_layers=0+kivi:bits=4",
+    CLUSTER_KV,
+    "cluster_kv:budget=0.5,num_sinks=2,window=16,window_clusters=3,heads=kv,full_layers=0+fp8",
+    ARKVALE,
+    "arkvale:budget=0.5,page_size=8,n_groups=2,full_layers=0+int8",
 ]
 
 # One of each form of ladder, policy and contract of a codec; the others differ from one of these in their codecs alone,
@@ -156,6 +167,9 @@ FORMS = {
     "zipcache:block_size=40",
     "snapkv:budget=120,window=16+kivi:bits=4",
     "scissorhands:budget=0.5,history=40,num_sinks=1",
+    QUEST,
+    CLUSTER_KV,
+    ARKVALE,
 }
 
 PROBING = [  # policies that judge a prompt by some of its queries
@@ -166,8 +180,8 @@ PROBING = [  # policies that judge a prompt by some of its queries
 
 RANKED = ("h2o", "zipcache", "snapkv", "snapstream", "tova", "expected_attention", "scissorhands")
 BY_AGE = [m for m in METHODS if not m.startswith(RANKED)]
-# Their codes depend on what the prompt was: a longer one leads to other tables.
-FITTED = [m for m in METHODS if m.startswith("kvcomp")]
+# What they store, or have at hand, depends on what the prompt was: a longer one leads to other tables.
+FITTED = [m for m in METHODS if m.startswith(("kvcomp", "cluster_kv", "arkvale"))]
 
 HEADS = [(4, 4), (6, 2), (3, 1)]  # multi-head, grouped-query, multi-query
 
