@@ -42,6 +42,7 @@ from kvcomp_jax.policies import (
 )
 from kvcomp_jax.prompt import PromptCache, attend, close_prompt, detach, open_prompt, peak_attention, positions, prefill
 from kvcomp_jax.read import decode
+from kvcomp_jax.retrieval import Bounds, Centroids, Lookup
 from kvcomp_jax.rotary import Rotary
 from kvcomp_jax.rows import free_row, insert_row
 from kvcomp_jax.spec import LayerSpec, Rung
@@ -52,8 +53,10 @@ __all__ = [
     "AcrossHeads",
     "Affine",
     "AttnState",
+    "Bounds",
     "Bytes",
     "CachePlan",
+    "Centroids",
     "ChannelScaled",
     "Codebook",
     "Codec",
@@ -70,6 +73,7 @@ __all__ = [
     "LayerCache",
     "LayerSpec",
     "Layout",
+    "Lookup",
     "Method",
     "MethodInfo",
     "Outliers",

@@ -119,6 +119,8 @@ def _layer_bytes(cache: LayerCache, held: _Occupancy) -> tuple[int, int]:
                 payload += (total - extra) // 8
                 metadata += extra // 8
             metadata += served * tokens * (4 * (tier.pos is not None) + per_token)
+            if tier.lookup is not None:
+                metadata += tier.lookup.live_bytes(tokens)
         payload -= _spare_bits(cache, tier) // 8
     counters = [cache.length, cache.settled, cache.window_limit]
     counters += [x for tier in cache.tiers for x in (tier.entered, tier.limit)]
@@ -164,7 +166,7 @@ def _after_prompt(spec: LayerSpec, length: int) -> _Occupancy:
     old = max(after_sinks - spec.window, 0)
     rooms = [rung.capacity - rung.reserve for rung in spec.rungs]
     in_blocks = spec.policy.fifo or spec.divided
-    settled = old if not in_blocks and old > sum(rooms) else old - old % spec.block_size
+    settled = old if not in_blocks and old > sum(rooms) else old - old % spec.prompt_step
     tiers, left = [], settled
     for room, step in zip(rooms, spec.steps, strict=True):
         share = settled // spec.block_size * step if spec.divided else min(left, room)

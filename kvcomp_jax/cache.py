@@ -104,16 +104,16 @@ def settle(cache: LayerCache, rows: jax.Array | None = None) -> LayerCache:
     index = cache.settled[:, None] + jnp.arange(size, dtype=jnp.int32)[None]  # [B, P]
     slot = (index % spec.window_slots)[:, None]
     heads = cache.window.k.shape[:2]
-    rows = jax.tree.map(lambda x: jnp.take_along_axis(x, slot if x.ndim == 3 else slot[..., None], 2), cache.window)
+    leaving = jax.tree.map(lambda x: jnp.take_along_axis(x, slot if x.ndim == 3 else slot[..., None], 2), cache.window)
     pos = jnp.where(due[:, None], index + spec.policy.num_sinks, -1)
-    exact = Identity().bind(rows.k.dtype)
+    exact = Identity().bind(leaving.k.dtype)
     block = Block(
         k_codec=exact,
         v_codec=exact,
-        k=rows.k,
-        v=rows.v,
+        k=leaving.k,
+        v=leaving.v,
         pos=jnp.broadcast_to(pos[:, None], (*heads, size)),
-        stat=rows.stat,
+        stat=leaving.stat,
     )
     if spec.keep < 1:
         block = keep_best(block, spec.policy, max(round(spec.keep * size), 1))

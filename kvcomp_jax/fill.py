@@ -10,12 +10,15 @@ from jax import lax
 from kvcomp_jax.cache import Exact, LayerCache, thin
 from kvcomp_jax.heads import assign, share, side_by_side
 from kvcomp_jax.ladder import expand
-from kvcomp_jax.policies import PromptRank
+from kvcomp_jax.orders import permute
+from kvcomp_jax.policies import Probes, PromptRank
 from kvcomp_jax.tiers import Tier, arranged, ring_index
 
 
-def fill(cache: LayerCache, prompt: Exact, length: jax.Array, pos: jax.Array | None = None) -> LayerCache:
-    """Distribute a prompt [B, K, S, D] of length i32[B] over an empty cache.
+def fill(
+    cache: LayerCache, prompt: Exact, length: jax.Array, pos: jax.Array | None = None, probes: Probes | None = None
+) -> LayerCache:
+    """Distribute a prompt [B, K, S, D] of length i32[B] over an empty cache; `probes` are those the policy kept.
 
     `pos` i32[B, S] says where its tokens stand in the text if some were left out before, none of the window's.
 
@@ -33,7 +36,10 @@ def fill(cache: LayerCache, prompt: Exact, length: jax.Array, pos: jax.Array | N
     if cache.spec.heads is not None:
         here = jax.tree.map(lambda x: x[:, jnp.array(cache.spec.heads)], prompt)
     cache = dataclasses.replace(cache, tiers=_fit(cache.tiers, here, length))
-    tiers = _fill_by_age(cache, here, settled) if policy.fifo else _fill_by_score(cache, here, settled, length, pos)
+    if policy.fifo:
+        tiers = _fill_by_age(cache, here, settled, None if probes is None else probes.q[:, :, :, 0])
+    else:
+        tiers = _fill_by_score(cache, here, settled, length, pos)
     filled = dataclasses.replace(cache, tiers=tiers, settled=settled + gone)
     return thin(overlay(filled, prompt, -gone, length + gone))
 
@@ -95,7 +101,7 @@ def gather(rows: Exact, index: jax.Array) -> Exact:
 
 def _whole_blocks(cache: LayerCache, old: jax.Array) -> jax.Array:
     """Of `old` tokens that left the exact window, how many settle; the rest waits in the window for its block."""
-    whole = old - old % cache.spec.block_size
+    whole = old - old % cache.spec.prompt_step
     if cache.spec.policy.fifo or cache.spec.divided:
         return whole
     room = sum(_room(cache))
@@ -107,16 +113,22 @@ def _room(cache: LayerCache) -> list[jax.Array]:
     return [tier.limit // tier.pooled - rung.reserve for tier, rung in zip(cache.tiers, cache.spec.rungs, strict=True)]
 
 
-def _fill_by_age(cache: LayerCache, prompt: Exact, settled: jax.Array) -> tuple[Tier, ...]:
-    """Rings of consecutive blocks: the newest on the first rung."""
+def _fill_by_age(cache: LayerCache, prompt: Exact, settled: jax.Array, query: jax.Array | None) -> tuple[Tier, ...]:
+    """Rings of consecutive blocks: the newest on the first rung; query f32[B, K, G, D] is the prompt's last."""
     tiers, entered = [], settled
     for tier in cache.tiers:
         index = ring_index(entered, tier.limit, tier.capacity) + cache.spec.policy.num_sinks
         index = jnp.broadcast_to(index[:, None], (*prompt.k.shape[:2], tier.capacity))
         rows = gather(prompt, index)
         k, v, index = arranged(tier, rows.k, rows.v, index)
+        lookup = tier.lookup
+        if lookup is not None:
+            lookup, order = lookup.from_prompt(k, jnp.minimum(entered, tier.limit), query)
+            if order is not None:
+                k, v, index = (permute(x, order) for x in (k, v, index))
         k, v = tier.k_codec.encode(k, index), tier.v_codec.encode(v, index)
-        tiers.append(dataclasses.replace(tier, k=k, v=v, entered=jnp.where(tier.limit > 0, entered, 0)))
+        count = jnp.where(tier.limit > 0, entered, 0)
+        tiers.append(dataclasses.replace(tier, k=k, v=v, entered=count, lookup=lookup))
         entered = jnp.maximum(entered - tier.limit, 0)
     return tuple(tiers)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcomp_jax.cache import LayerCache
+from kvcomp_jax.retrieval.read import attend_selected
 from kvcomp_jax.tiers import FUSED_ROWS, Queries, Tier, as_stored, attend_stored, fused_kernel
 from pallas_kernels.dispatch import Choice, recording
 
@@ -40,6 +41,7 @@ def kernels_in_use(cache: LayerCache, *, num_heads: int | None = None) -> tuple[
         q=jax.ShapeDtypeStruct((batch, num_kv_heads, rows, head_dim), jnp.float32),
         pos=jax.ShapeDtypeStruct((batch, rows), jnp.int32),
         sliding_window=cache.spec.sliding_window,
+        groups=rows,
     )
     return tuple(_of_tier(cache, tier, queries) for tier in cache.tiers)
 
@@ -51,6 +53,8 @@ def _of_tier(cache: LayerCache, tier: Tier, queries: Queries) -> TierKernel:
         rows = (queries.q.shape[0], len(tier.heads), *queries.q.shape[2:])
         queries = dataclasses.replace(queries, q=jax.ShapeDtypeStruct(rows, jnp.float32))
     why = None
+    if tier.lookup is not None:
+        return _of_lookup(codecs, tier, queries, policy.num_sinks)
     if tier.stat is not None and policy.needs_probs:
         why = f"{type(policy).__name__} needs each token's probability, which the fused read does not return."
     elif tier.head is not None:
@@ -65,3 +69,12 @@ def _of_tier(cache: LayerCache, tier: Tier, queries: Queries) -> TierKernel:
         jax.eval_shape(lambda q, t: attend_stored(q, t, policy.num_sinks), queries, tier)
     choice: Choice = choices[-1]
     return TierKernel(codecs, choice.operation, choice.backend, choice.reasons)
+
+
+def _of_lookup(codecs: tuple[str, str], tier: Tier, queries: Queries, num_sinks: int) -> TierKernel:
+    with recording() as choices:
+        jax.eval_shape(lambda q, t: attend_selected(q, t, num_sinks), queries, tier)
+    if not choices:
+        why = f"no read of selected pages in place for keys of {codecs[0]} and values of {codecs[1]} by this index."
+        return TierKernel(codecs, "gather, dot and mix", "xla", (("fused", why),))
+    return TierKernel(codecs, choices[-1].operation, choices[-1].backend, choices[-1].reasons)

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kvcomp_jax.codecs import Codec, Encoded
+from kvcomp_jax.codecs import Codec, Encoded, Identity
 from kvcomp_jax.heads import owners, side_by_side
+from kvcomp_jax.orders import permute
 from kvcomp_jax.policies import Policy, Stat
+from kvcomp_jax.retrieval import LookupState
 from kvcomp_jax.tiers import Tier, arranged
 from kvcomp_jax.types import pytree
 
@@ -54,6 +56,8 @@ def insert(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tuple[Ti
         batch, heads, size = block.pos.shape
         together = jax.tree.map(side_by_side, _moving(block))
         block = dataclasses.replace(block, head=owners(batch, heads, size), **together)
+    if tier.lookup is not None:
+        tier, block = _look_up(tier, tier.lookup, block, due)
     block = _transcode(block, tier)
     return _insert_fifo(tier, block, due, policy) if policy.fifo else _insert_ranked(tier, block, due, policy)
 
@@ -76,9 +80,7 @@ def _insert_share(tier: Tier, block: Block, due: jax.Array, policy: Policy, num:
 def _insert_fifo(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tuple[Tier, Block]:
     """Overwrite the oldest block of the ring."""
     size = block.pos.shape[-1]
-    due = due & (block.pos[:, 0, 0] >= 0)  # a row's block is whole or absent
-    stored = due & (tier.limit > 0)  # a rung without room passes its block on
-    first = tier.entered % jnp.maximum(tier.limit, 1)
+    first, stored = _next_slot(tier, block, due)
     slot = (first // tier.unit)[:, None] + jnp.arange(size // tier.unit)[None]
     slot = jnp.broadcast_to(slot[:, None], (*block.pos.shape[:2], slot.shape[-1]))
     old = take(_stored(tier), slot, tier.capacity // tier.unit)
@@ -94,6 +96,25 @@ def _insert_fifo(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tu
     kept = put(_stored(tier), slot, new, tier.capacity // tier.unit)
     entered = tier.entered + jnp.where(stored, size, 0)
     return dataclasses.replace(tier, entered=entered, **kept), dataclasses.replace(block, **out)
+
+
+def _next_slot(tier: Tier, block: Block, due: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where in the ring a block goes, i32[B], and in which rows it does."""
+    due = due & (block.pos[:, 0, 0] >= 0)  # a row's block is whole or absent
+    stored = due & (tier.limit > 0)  # a rung without room passes its block on
+    return tier.entered % jnp.maximum(tier.limit, 1), stored
+
+
+def _look_up(tier: Tier, lookup: LookupState, block: Block, due: jax.Array) -> tuple[Tier, Block]:
+    """Let a rung's index know what enters it, and put the block into the order that the index wants."""
+    k = block.k_codec.decode(block.k, block.pos)
+    lookup, order = lookup.add(k, *_next_slot(tier, block, due))
+    if order is not None:
+        exact = Identity().bind(k.dtype)
+        v = block.v_codec.decode(block.v, block.pos)
+        k, v, pos = (permute(x, order) for x in (k, v, block.pos))
+        block = Block(k_codec=exact, v_codec=exact, k=k, v=v, pos=pos, stat=None)
+    return dataclasses.replace(tier, lookup=lookup), block
 
 
 def _insert_ranked(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tuple[Tier, Block]:

@@ -7,8 +7,10 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 
 from kvcomp_jax.cache import LayerCache, init
+from kvcomp_jax.retrieval import LookupState
 from kvcomp_jax.rotary import Rotary
 from kvcomp_jax.spec import LayerSpec, Rung
+from kvcomp_jax.tiers import Tier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +128,17 @@ def _limited(cache: LayerCache, specs: list[LayerSpec]) -> LayerCache:
             raise ValueError("prefill='stored' needs one budget for all rows: state it in tokens, not as a fraction.")
     room = jnp.array([_for_prompt(spec)[1:] for spec in specs], jnp.int32)
     tiers = tuple(
-        dataclasses.replace(tier, limit=(room[:, i] + rung.reserve) * tier.pooled)
+        dataclasses.replace(
+            tier, limit=(room[:, i] + rung.reserve) * tier.pooled, lookup=_limited_lookup(tier, i, specs)
+        )
         for i, (tier, rung) in enumerate(zip(cache.tiers, cache.spec.rungs, strict=True))
     )
     return dataclasses.replace(cache, tiers=tiers, window_limit=jnp.array([s.window for s in specs], jnp.int32))
+
+
+def _limited_lookup(tier: Tier, rung: int, specs: list[LayerSpec]) -> LookupState | None:
+    """Restrict what queries of each row read to what its own spec says."""
+    return tier.lookup and tier.lookup.limited([spec.rungs[rung].lookup for spec in specs])
 
 
 def _for_prompt(spec: LayerSpec) -> list[int]:
@@ -153,9 +162,10 @@ def localise(spec: LayerSpec, sliding_window: int, max_len: int, head_dim: int, 
     """Fit a spec to a layer whose queries see only `sliding_window` tokens.
 
     The cache then never occupies more than the exact ring of that window: an evicting spec that is larger, or a
-    compressed one that would not pay, becomes that ring; a compressed one is cut to the window.
+    compressed one that would not pay, becomes that ring; a compressed one is cut to the window. Queries read all of it.
     """
     window = min(sliding_window, max_len)
+    spec = dataclasses.replace(spec, rungs=tuple(dataclasses.replace(rung, lookup=None) for rung in spec.rungs))
     ring = LayerSpec(window=window, sliding_window=sliding_window)
     if spec.policy.fifo and spec.rungs:
         spec = _cut(spec, window)

@@ -126,7 +126,9 @@ def _close(prompt: PromptCache, cache: LayerCache, staged: Exact, stat: jax.Arra
     elif prompt.policy is not None:
         seen = as_seen(prompt, cache, staged)
         staged = dataclasses.replace(staged, stat=prompt.policy.from_prompt(staged.stat, seen))
-    return fill(cache, staged, prompt.filled, prompt.pos) if prompt.fresh else absorb(cache, staged, prompt.filled)
+    if not prompt.fresh:
+        return absorb(cache, staged, prompt.filled)
+    return fill(cache, staged, prompt.filled, prompt.pos, prompt.probes)
 
 
 def as_seen(prompt: PromptCache, cache: LayerCache | None, staged: Exact) -> Prompt:

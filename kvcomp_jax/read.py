@@ -18,6 +18,7 @@ from kvcomp_jax.attention import (
 from kvcomp_jax.cache import Exact, LayerCache, append, check_fits, next_positions, sink_pos, window_pos
 from kvcomp_jax.codecs import Identity
 from kvcomp_jax.policies import Stat, Step
+from kvcomp_jax.retrieval.read import attend_selected
 from kvcomp_jax.tiers import Queries, Tier, attend_tier, logits_of, mix_of, tier_pos, visible
 from pallas_kernels.prefill import MASK_VALUE
 
@@ -106,14 +107,22 @@ def attend_held(
     others = sinks + ([] if beside is None else [beside])
     num_sinks = cache.spec.policy.num_sinks
     if not cache.spec.policy.needs_probs:
-        tiers = [attend_tier(queries, tier, num_sinks) for tier in cache.tiers]
-        return merge_all([window[0], *others, *tiers]), cache
+        read = [_attend_rung(queries, tier, num_sinks) for tier in cache.tiers]
+        cache = dataclasses.replace(cache, tiers=tuple(tier for _, tier in read))
+        return merge_all([window[0], *others, *(state for state, _ in read)]), cache
     tiers = [
         (attend_tier(queries, tier, num_sinks), None) if tier.stat is None else _attend_whole(queries, tier, num_sinks)
         for tier in cache.tiers
     ]
     state = merge_all([window[0], *others, *(state for state, _ in tiers)])
     return state, _observe(cache, queries, state, window[1], [logits for _, logits in tiers])
+
+
+def _attend_rung(queries: Queries, tier: Tier, num_sinks: int) -> tuple[AttnState, Tier]:
+    """Attend to a tier, or to what queries select of it."""
+    if tier.lookup is not None:
+        return attend_selected(queries, tier, num_sinks)
+    return attend_tier(queries, tier, num_sinks), tier
 
 
 def attend_exact(queries: Queries, exact: Exact, live: jax.Array) -> tuple[AttnState, jax.Array]:

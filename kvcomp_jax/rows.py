@@ -39,6 +39,7 @@ def free_row(caches: Any, row: jax.Array | int) -> Any:
                 entered=zero(tier.entered),
                 pos=None if tier.pos is None else zero(tier.pos, -1),
                 stat=jax.tree.map(zero, tier.stat),
+                lookup=tier.lookup and tier.lookup.freed(row),
             )
             for tier in cache.tiers
         )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kvcomp_jax.codecs import Codec, Identity
 from kvcomp_jax.orders import Order
 from kvcomp_jax.policies import Policy, Recency
+from kvcomp_jax.retrieval import Lookup
 from kvcomp_jax.rotary import Rotary
 
 
@@ -20,7 +21,8 @@ class Rung:
     `share` is the part of the tokens reaching this rung that stays on it, those with the highest scores. 1: all of
     them, and what they displace goes to the next rung. A ranked prompt leaves `reserve` slots free for later tokens.
     `order` rearranges the tokens of each unit where both K and V are encoded anew. `heads` are the KV heads that have
-    slots here, None for all; the others forget what leaves the window.
+    slots here, None for all; the others forget what leaves the window. With a `lookup` a query reads only some of the
+    rung's tokens, see there; None reads all.
     """
 
     k: Codec
@@ -30,6 +32,7 @@ class Rung:
     reserve: int = 0
     order: Order | None = None
     heads: tuple[int, ...] | None = None
+    lookup: Lookup | None = None
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -115,6 +118,7 @@ class LayerSpec:
             raise ValueError("all rungs must serve the same heads.")
         if self.heads is not None and not self.policy.fifo:
             raise ValueError(f"rungs for some heads need a policy that goes by age, got {type(self.policy).__name__}.")
+        self._check_lookups()
         for rung, unit in zip(self.rungs, self.steps, strict=True):
             if rung.order is not None and self.policy.fifo and rung is not self.rungs[-1]:
                 raise ValueError("a rung with an order must be the last one where positions follow from age.")
@@ -134,6 +138,23 @@ class LayerSpec:
                     f"share={rung.share} keeps {tokens} tokens of block_size={self.block_size} on a rung; they must be "
                     f"a positive multiple of {rung.unit}, those that its codecs encode together."
                 )
+
+    def _check_lookups(self) -> None:
+        for rung in self.rungs:
+            if rung.lookup is None:
+                continue
+            if not self.policy.fifo or self.divided or rung.order is not None or rung.heads is not None:
+                raise ValueError(
+                    "a rung with a lookup needs a policy that goes by age (Recency), all heads, no shares, no order."
+                )
+            if self.sliding_window is not None or self.prefill == "stored":
+                raise ValueError(
+                    "a rung with a lookup is for layers without sliding_window, whose prompts are read with "
+                    "prefill='exact'."
+                )
+            if rung.lookup.num_queries > self.policy.num_probes(1):
+                raise ValueError("a lookup with recalls needs Recency(num_queries=1): the prompt's last query.")
+            rung.lookup.check(rung.k, rung.v, self.block_size)
 
     @property
     def heads(self) -> tuple[int, ...] | None:
@@ -160,6 +181,18 @@ class LayerSpec:
             kept.append(round(rung.share * left))
             left -= kept[-1]
         return tuple(kept)
+
+    def evicts_nothing(self, max_len: int) -> bool:
+        """Whether rows of up to `max_len` tokens lose none, by whatever policy."""
+        held = sum(rung.capacity for rung in self.rungs) + self.window + self.policy.num_sinks
+        return bool(self.rungs) and self.policy.fifo and held >= max_len // self.block_size * self.block_size
+
+    @property
+    def prompt_step(self) -> int:
+        """Tokens by which a prompt settles: whole blocks, or as few as the codecs take if an index wants them all."""
+        if any(rung.lookup is not None and rung.lookup.index.settles_at_once for rung in self.rungs):
+            return math.lcm(*(rung.unit for rung in self.rungs))
+        return self.block_size
 
     @property
     def window_slots(self) -> int:
@@ -214,3 +247,10 @@ def blocks(num_tokens: int, block_size: int) -> int:
     if block_size < 1:
         raise ValueError(f"block_size={block_size} must be at least 1 token.")
     return max(num_tokens // block_size, 1) * block_size
+
+
+def room(max_tokens: int, block_size: int) -> int:
+    """Slots that hold `max_tokens` tokens, in whole blocks."""
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size} must be at least 1 token.")
+    return -(-max_tokens // block_size) * block_size

@@ -13,6 +13,7 @@ from kvcomp_jax.codecs import Affine, Codec, Encoded, Entropy, Homomorphic, Iden
 from kvcomp_jax.heads import owners, side_by_side
 from kvcomp_jax.orders import Order, permute
 from kvcomp_jax.policies import Stat
+from kvcomp_jax.retrieval import LookupState
 from kvcomp_jax.spec import LayerSpec, Rung
 from kvcomp_jax.types import pytree, static
 from pallas_kernels.entropy_decode import entropy_decode
@@ -60,6 +61,7 @@ class Tier:
     order: Order | None = static(default=None)
     pooled: int = static(default=1)
     heads: tuple[int, ...] | None = static(default=None)  # KV heads of the layer that it serves; None: all
+    lookup: LookupState | None = None  # by what queries choose what they read; None: they read all
 
 
 def init_tier(
@@ -101,6 +103,7 @@ def init_tier(
         order=None if spec.policy.fifo and spec.sliding_window is not None else rung.order,
         pooled=pooled,
         heads=rung.heads,
+        lookup=rung.lookup and rung.lookup.start(batch, num_kv_heads, rung.capacity, spec.block_size, head_dim, dtype),
     )
 
 
@@ -214,7 +217,7 @@ def attend_by_blocks(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
         logits = logits_of(queries, tier.k_codec, k, here)
         return merge(state, from_logits(logits, visible(queries, here, head), mix_of(tier.v_codec, v, here))[0])
 
-    return lax.fori_loop(0, (_filled(tier).max() + step - 1) // step, body, unit(queries.q.shape))
+    return lax.fori_loop(0, (filled_slots(tier).max() + step - 1) // step, body, unit(queries.q.shape))
 
 
 def fused_kernel(tier: Tier) -> Callable[[Queries, Tier, int], AttnState] | None:
@@ -242,7 +245,7 @@ def _attend_fused(
     acc, top, total = operation(
         queries.q,
         *rows,
-        _filled(tier),
+        filled_slots(tier),
         None if by_age else tier_pos(tier, num_sinks),
         None if by_age else queries.pos,
         k_format=k_codec.format(head_dim),
@@ -263,7 +266,7 @@ def _attend_entropy(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
         v,
         k_lengths,
         v_lengths,
-        _filled(tier),
+        filled_slots(tier),
         None if by_age else tier_pos(tier, num_sinks),
         None if by_age else queries.pos,
         k_format=k_format,
@@ -281,7 +284,7 @@ _FUSED = {
 }
 
 
-def _filled(tier: Tier) -> jax.Array:
+def filled_slots(tier: Tier) -> jax.Array:
     """Slots of each row at or beyond which there is nothing, i32[B]."""
     in_order = tier.pos is None or tier.keeps is not None
     return jnp.minimum(tier.entered, tier.limit) if in_order else tier.limit

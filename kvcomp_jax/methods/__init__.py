@@ -1,6 +1,8 @@
 """Published systems: one a file, each a function that returns a spec; `METHODS` is the table, `parse` reads text."""
 
 from kvcomp_jax.methods.ada_kv import ada_kv
+from kvcomp_jax.methods.arkvale import arkvale
+from kvcomp_jax.methods.cluster_kv import cluster_kv
 from kvcomp_jax.methods.critical_kv import critical_kv
 from kvcomp_jax.methods.decoquant import decoquant
 from kvcomp_jax.methods.duo_attention import duo_attention
@@ -19,6 +21,7 @@ from kvcomp_jax.methods.packkv import packkv
 from kvcomp_jax.methods.pyramid_infer import pyramid_infer
 from kvcomp_jax.methods.pyramid_kv import pyramid_kv
 from kvcomp_jax.methods.quarot import quarot
+from kvcomp_jax.methods.quest import quest
 from kvcomp_jax.methods.r_kv import r_kv
 from kvcomp_jax.methods.registry import METHODS, Context, Method, MethodInfo, method, parse
 from kvcomp_jax.methods.scissorhands import scissorhands
@@ -35,6 +38,8 @@ __all__ = [
     "Method",
     "MethodInfo",
     "ada_kv",
+    "arkvale",
+    "cluster_kv",
     "critical_kv",
     "decoquant",
     "duo_attention",
@@ -57,6 +62,7 @@ __all__ = [
     "pyramid_infer",
     "pyramid_kv",
     "quarot",
+    "quest",
     "r_kv",
     "scissorhands",
     "snapkv",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from kvcomp_jax.calibrate import Calibrate, NotCalibrated
 from kvcomp_jax.plan import CachePlan, Layout, clip, localise
-from kvcomp_jax.spec import LayerSpec
+from kvcomp_jax.spec import LayerSpec, room
 
 Axis = Literal["none", "quantise", "select"]
 
@@ -164,7 +164,7 @@ class Method:
     def _fit(self, context: Context, parts: tuple[LayerSpec, ...], window: int | None) -> LayerSpec:
         """The spec of one layer, whose queries see `window` tokens, from those of the method's parts."""
         layout, max_len = context.layout, context.max_len
-        spec = clip(parts[0] if len(parts) == 1 else _compose(self, list(parts)), max_len)
+        spec = clip(parts[0] if len(parts) == 1 else _compose(self, list(parts), max_len), max_len)
         spec.check(layout.head_dim)
         return spec if window is None else localise(spec, window, max_len, layout.head_dim, layout.num_kv_heads)
 
@@ -224,9 +224,11 @@ def _nearest(word: str, known: Any) -> str:
     return f", did you mean {close[0]!r}?{listed}" if close else listed
 
 
-def _compose(whole: Method, specs: list[LayerSpec]) -> LayerSpec:
+def _compose(whole: Method, specs: list[LayerSpec], max_len: int) -> LayerSpec:
     """Keep the tokens that one spec selects in the codecs of the other's last rung, within the same budget."""
     select, store = specs if METHODS[whole.parts[0][0]].axis == "select" else reversed(specs)
+    if select.evicts_nothing(max_len):
+        return _look_up(select, store, max_len)
     final = store.rungs[-1]
     block = -(-16 // final.unit) * final.unit
     window = select.window if select.rungs else store.window
@@ -244,3 +246,22 @@ def _compose(whole: Method, specs: list[LayerSpec]) -> LayerSpec:
     rung = dataclasses.replace(final, capacity=capacity + reserve, reserve=reserve, heads=select.heads)
     kept = {"drop": select.drop, "close_gap": select.close_gap}
     return LayerSpec(rungs=(rung,), policy=policy, window=window, block_size=block, **kept)
+
+
+def _look_up(select: LayerSpec, store: LayerSpec, max_len: int) -> LayerSpec:
+    """Keep all tokens in the codecs of `store`, and read of them what `select` looks up.
+
+    Pages grow to whole units of the codecs, blocks to whole pages, and what waits for its block counts in the budget,
+    of which a page is the least. A layer that reads all is that of `store`.
+    """
+    lookup, final = select.rungs[-1].lookup, store.rungs[-1]
+    if lookup is None:
+        return store
+    index = lookup.index.paged(final.unit)
+    block = -(-select.block_size // index.page_size) * index.page_size
+    tokens = max(lookup.tokens - (block - select.block_size), index.page_size)
+    lookup = dataclasses.replace(lookup, index=index, tokens=tokens)
+    sinks = max(select.policy.num_sinks, store.policy.num_sinks)
+    rung = dataclasses.replace(final, capacity=room(max_len, block), reserve=0, lookup=lookup)
+    policy = dataclasses.replace(select.policy, num_sinks=sinks)
+    return LayerSpec(rungs=(rung,), policy=policy, window=max(select.window, store.window), block_size=block)

@@ -42,9 +42,9 @@ class Side:
         fmt = self.format(head_dim)
         drawn = rng.normal(self.num_levels / 2, self.spread, shape).round().clip(0, self.num_levels - 1)
         codes = jnp.asarray(drawn.astype(np.uint8))
-        scale = rng.uniform(0.1, 0.3, (*heads, *self._scales(slots, head_dim))).astype(np.float32)
-        zero_point = -scale * np.float32(self.num_levels / 2) + rng.normal(size=scale.shape).astype(np.float32)
-        scale, zero_point = jnp.asarray(scale), jnp.asarray(zero_point)
+        steps = rng.uniform(0.1, 0.3, (*heads, *self._scales(slots, head_dim))).astype(np.float32)
+        lowest = -steps * np.float32(self.num_levels / 2) + rng.normal(size=steps.shape).astype(np.float32)
+        scale, zero_point = jnp.asarray(steps), jnp.asarray(lowest)
         if isinstance(fmt, PlaneFormat):
             room = fmt.num_packs * fmt.code_bits
             return Planes(*_write_planes(codes, room, fmt), scale, zero_point), None  # type: ignore[call-arg]

@@ -108,6 +108,10 @@ KVQUANT_2 = "kvquant:bits=2,outliers=0.05,num_sinks=0,across_heads=False,calibra
 DUO = "duo_attention:num_sinks=3,recent=16,calibration=duo_attention_3_16.safetensors"
 PYRAMID = "pyramid_infer:thin=0.5,exceed=8"
 
+QUEST = "quest:budget=48,full_layers=0"
+CLUSTER_KV = "cluster_kv:budget=30,num_sinks=4,clusters=8,iterations=4,window=16,window_clusters=4,full_layers=0"
+ARKVALE = "arkvale:budget=48,page_size=8,recalls=2,full_layers=0"
+
 METHODS = [
     "full:block_size=16",
     "int8:block_size=16",
@@ -149,6 +153,13 @@ METHODS = [
     DUO,
     f"{DUO}+int4",
     PYRAMID,
+    QUEST,
+    "quest:budget=0.5,page_size=8,heads=kv,full_layers=0",
+    "quest:budget=64,heads=1,full_layers=0+kivi:bits=4",
+    CLUSTER_KV,
+    "cluster_kv:budget=0.5,num_sinks=2,window=16,window_clusters=3,heads=kv,full_layers=0+fp8",
+    ARKVALE,
+    "arkvale:budget=0.5,page_size=8,n_groups=2,full_layers=0+int8",
 ]
 
 # One of each form of ladder, policy and contract of a codec; the others differ from one of these in their codecs alone,
@@ -170,6 +181,9 @@ FORMS = {
     "ada_kv:budget=120,window=16+kivi:bits=4",
     DUO,
     PYRAMID,
+    QUEST,
+    CLUSTER_KV,
+    ARKVALE,
 }
 
 PROBING = [  # policies that judge a prompt by some of its queries
@@ -192,8 +206,8 @@ RANKED = (
     "pyramid_infer",
 )
 BY_AGE = [m for m in METHODS if not m.startswith(RANKED)]
-# Their codes depend on what the prompt was: a longer one leads to other tables.
-FITTED = [m for m in METHODS if m.startswith("kvcomp")]
+# What they store, or have at hand, depends on what the prompt was: a longer one leads to other tables.
+FITTED = [m for m in METHODS if m.startswith(("kvcomp", "cluster_kv", "arkvale"))]
 
 HEADS = [(4, 4), (6, 2), (3, 1)]  # multi-head, grouped-query, multi-query
 

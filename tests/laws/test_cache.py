@@ -79,6 +79,7 @@ EXACT = [
     "snapstream:budget=200,recent=120",
     "tova:budget=200",
     "scissorhands:budget=200,history=20",
+    "cluster_kv:budget=109,num_sinks=3,window=16,window_clusters=3,full_layers=0",
 ]
 
 

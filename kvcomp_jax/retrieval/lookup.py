@@ -1,0 +1,154 @@
+"""An index at work: what a rung keeps beside its rows, and what a query reads of it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvcomp_jax.codecs import Codec
+from kvcomp_jax.retrieval.base import Index, Selection, Summary, over_heads
+from kvcomp_jax.retrieval.resident import Residents, admit, keep_best, no_residents, recall
+from kvcomp_jax.types import pytree, static
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """That a query reads only some tokens of a rung: `tokens` of them at most, chosen by `index`.
+
+    `recalls` None: what the query ranks highest. A number: all pages at hand, `tokens` of them, into which a step
+    brings the missing ones of the `recalls` best, in place of those it ranks lowest. After a prompt the best pages by
+    the mean of all heads of its last query are at hand; a page that enters later is, if there is room.
+    """
+
+    index: Index
+    tokens: int
+    recalls: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens < self.index.page_size:
+            raise ValueError(
+                f"tokens={self.tokens} that a query reads must be at least a page of {self.index.page_size}."
+            )
+        if self.recalls is not None:
+            if self.recalls < 1:
+                raise ValueError(f"recalls={self.recalls} must be at least 1 page a step.")
+            if not self.index.ranks_pages or self.index.heads == "query":
+                raise ValueError(
+                    f"recalls={self.recalls} needs an index of pages that heads='kv' or groups of them share, "
+                    f"got {self.index}."
+                )
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that a query reads at most."""
+        return self.tokens // self.index.page_size
+
+    @property
+    def num_queries(self) -> int:
+        """Last queries of a prompt that must be known when it is stored."""
+        return 0 if self.recalls is None else 1
+
+    def check(self, k: Codec, v: Codec, block_size: int) -> None:
+        """Raise ValueError if codecs of a rung or blocks that enter it do not suit."""
+        self.index.check(k, v, block_size)
+        for codec in (k, v):
+            if codec.joins_heads and self.index.heads != 1:
+                raise ValueError(
+                    f"{codec.name} stores the heads of a token together, and heads={self.index.heads!r} read different "
+                    "tokens; let all heads of a layer read the same (heads=1)."
+                )
+
+    def start(
+        self, batch: int, num_kv_heads: int, capacity: int, block_size: int, head_dim: int, dtype: Any
+    ) -> "LookupState":
+        """The state of an empty rung."""
+        groups = self.index.num_groups(num_kv_heads)
+        return LookupState(
+            lookup=self,
+            summary=self.index.empty(batch, num_kv_heads, capacity, block_size, head_dim, dtype),
+            limit=jnp.full(batch, self.tokens, jnp.int32),
+            recalls=None if self.recalls is None else jnp.full(batch, self.recalls, jnp.int32),
+            resident=None if self.recalls is None else no_residents(batch, groups, self.num_pages),
+        )
+
+
+@pytree
+class LookupState:
+    """What a rung with an index keeps beside its rows."""
+
+    lookup: Lookup = static()
+    summary: Summary
+    limit: jax.Array  # i32[B], tokens that a query of this row reads, <= lookup.tokens
+    recalls: jax.Array | None  # i32[B], pages that a step looks whether to bring in, <= lookup.recalls
+    resident: Residents | None
+
+    def choose(self, q: jax.Array, filled: jax.Array, real: jax.Array) -> tuple[Selection, "LookupState"]:
+        """Choose what queries q f32[B, K, G, D] of one token a row read.
+
+        Args:
+          q: Scaled or not, in the basis of the exact keys.
+          filled: i32[B], slots of the rung that hold tokens.
+          real: bool[B], which rows have a query; others recall nothing.
+        """
+        index = self.lookup.index
+        scores = index.pooled(index.rank(q, self.summary))
+        if self.resident is None or self.recalls is None:
+            chosen = index.select(scores, self.summary, filled, self.limit, self.lookup.num_pages)
+            return over_heads(chosen, q.shape[1]), self
+        size, recalls = index.page_size, jnp.where(real, self.recalls, 0)
+        sizes = (filled // size, self.limit // size, recalls)
+        resident, _, _ = recall(self.resident, scores[:, :, 0], *sizes, most=self.lookup.recalls or 0)
+        page = resident.page[:, :, None]
+        chosen = Selection(page=page, first=None, end=jnp.full_like(page, size))
+        return over_heads(chosen, q.shape[1]), dataclasses.replace(self, resident=resident)
+
+    def from_prompt(
+        self, keys: jax.Array, count: jax.Array, query: jax.Array | None
+    ) -> tuple["LookupState", jax.Array | None]:
+        """See `Index.from_prompt`; query f32[B, K, G, D] is the prompt's last, needed where pages are at hand."""
+        index, resident = self.lookup.index, self.resident
+        summary, order = index.from_prompt(self.summary, keys, count)
+        if resident is not None:
+            if query is None:
+                raise TypeError("a lookup with recalls needs a policy that keeps the prompt's last query.")
+            scores = index.rank(query, summary).mean((1, 2))[:, None]
+            resident = keep_best(resident, scores, count // index.page_size, self.limit // index.page_size)
+        return dataclasses.replace(self, summary=summary, resident=resident), order
+
+    def add(self, keys: jax.Array, first: jax.Array, due: jax.Array) -> tuple["LookupState", jax.Array | None]:
+        """See `Index.add`."""
+        index, resident = self.lookup.index, self.resident
+        summary, order = index.add(self.summary, keys, first, due)
+        if resident is not None:
+            size = index.page_size
+            page = (first // size)[:, None] + jnp.arange(keys.shape[2] // size)[None]
+            resident, _ = admit(resident, jnp.where(due[:, None], page, -1), self.limit // size)
+        return dataclasses.replace(self, summary=summary, resident=resident), order
+
+    def limited(self, lookups: list["Lookup | None"]) -> "LookupState":
+        """This state where each row reads as much as its own lookup says; None = no less than the others."""
+        own = [self.lookup if lookup is None else lookup for lookup in lookups]
+        limit = jnp.array([min(lookup.tokens, self.lookup.tokens) for lookup in own], jnp.int32)
+        if self.recalls is None:
+            return dataclasses.replace(self, limit=limit)
+        recalls = jnp.array([min(x.recalls or 0, self.lookup.recalls or 0) for x in own], jnp.int32)
+        return dataclasses.replace(self, limit=limit, recalls=recalls)
+
+    def freed(self, row: jax.Array | int) -> "LookupState":
+        """This state with one row as in an empty rung; its limit stays."""
+        resident = self.resident
+        if resident is not None:
+            resident = Residents(
+                page=resident.page.at[row].set(-1),
+                recalled=resident.recalled.at[row].set(0),
+                wanted=resident.wanted.at[row].set(0),
+            )
+        summary = jax.tree.map(lambda x: x.at[row].set(0), self.summary)
+        return dataclasses.replace(self, summary=summary, resident=resident)
+
+    def live_bytes(self, num_tokens: int) -> int:
+        """Bytes of one row for a rung of `num_tokens` live tokens."""
+        own = (self.limit, self.recalls, self.resident)
+        counters = sum(x.size // x.shape[0] * x.dtype.itemsize for x in jax.tree.leaves(own))
+        return counters + self.lookup.index.live_bytes(self.summary, num_tokens)
