@@ -183,9 +183,10 @@ class LayerSpec:
         return tuple(kept)
 
     def evicts_nothing(self, max_len: int) -> bool:
-        """Whether rows of up to `max_len` tokens lose none, by whatever policy."""
+        """Whether rows of up to `max_len` tokens lose none, in any head, by whatever policy."""
         held = sum(rung.capacity for rung in self.rungs) + self.window + self.policy.num_sinks
-        return bool(self.rungs) and self.policy.fifo and held >= max_len // self.block_size * self.block_size
+        complete = bool(self.rungs) and self.heads is None and self.policy.fifo
+        return complete and held >= max_len // self.block_size * self.block_size
 
     @property
     def prompt_step(self) -> int:
