@@ -65,12 +65,16 @@ def test_requests_are_drawn_from_the_seed():
         assert list(request.prompt) == list(range(request.prompt[0], request.prompt[0] + len(request.prompt)))
 
 
+def test_texts_shorter_than_prompts_are_refused():
+    with pytest.raises(ValueError, match="the text has 100 tokens, prompts up to 500; take a longer text"):
+        batching.draw(batching.Config(prompt=(16, 500)), list(range(100)))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (["--requests", "0"], "requests=0"),
         (["--prompt", "9", "3"], "prompt=9 3"),
-        (["--prompt", "16", "5000"], "the text has 1000 tokens"),
         (["--prompt", "16", "500"], "prompt=500 + new=20 tokens exceed the model's 512 positions"),
         (["--gap", "-1"], "gap=-1.0"),
         (["--methods", "kivy"], "did you mean 'kivi'"),
