@@ -67,7 +67,7 @@ def test_requests_are_drawn_from_the_seed():
 
 def test_texts_shorter_than_prompts_are_refused():
     with pytest.raises(ValueError, match="the text has 100 tokens, prompts up to 500; take a longer text"):
-        batching.draw(batching.Config(prompt=(16, 500)), list(range(100)))
+        batching.draw(batching.Config(text="book.txt", prompt=(16, 500)), list(range(100)))
 
 
 @pytest.mark.parametrize(
