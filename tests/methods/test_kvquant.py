@@ -380,7 +380,7 @@ def test_layers_have_ropes_and_levels_of_their_own(tmp_path):
     rng = np.random.default_rng(0)
     tensors = {name: np.repeat(x, 2, 0) for name, x in load(CALIBRATIONS / "kvquant_3.safetensors")[0].items()}
     tensors["k_scale"][1] *= 2
-    save(tmp_path / "two.safetensors", tensors, About("kvquant", OPTIONS["kvquant_3"], "x"))
+    save(tmp_path / "two.safetensors", tensors, About(*OPTIONS["kvquant_3"], "x"))
     other = kvc.Rotary(Constant(rng.random(8).astype(np.float32)))
     layout = dataclasses.replace(LAYOUT, num_layers=2, ropes=(ROPE, other))
     plan = kvc.parse(f"kvquant:calibration={tmp_path / 'two.safetensors'}").plan(layout, max_len=64)
