@@ -1,6 +1,7 @@
 """The cases that every backend is checked with."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +61,9 @@ class Side:
         """What `draw` returns as ShapeDtypeStructs; a slot has room for `room` bits a value."""
         (*heads, slots, head_dim), fmt = shape, self.format(shape[-1])
         units, values = (*heads, slots // self.block), self.block * head_dim
-        scale = jax.ShapeDtypeStruct((*heads, *self._scales(slots, head_dim)), jnp.float32)
+        scale: Any = jax.ShapeDtypeStruct((*heads, *self._scales(slots, head_dim)), jnp.float32)
 
-        def array(n: int, dtype: str) -> jax.ShapeDtypeStruct:
+        def array(n: int, dtype: str) -> Any:
             return jax.ShapeDtypeStruct((*units, n), jnp.dtype(dtype))
 
         if isinstance(fmt, PlaneFormat):
@@ -70,7 +71,8 @@ class Side:
             return Planes(*stored, scale, scale), None
         lengths = jax.ShapeDtypeStruct((*heads, 3, self.num_levels), jnp.uint8)
         stored = array(int(self.room * values) // 32, "uint32"), array(fmt.num_streams, "uint8")
-        return Streams(*stored, jax.ShapeDtypeStruct(units, jnp.uint8), scale, scale), lengths
+        choice: Any = jax.ShapeDtypeStruct(units, jnp.uint8)
+        return Streams(*stored, choice, scale, scale), lengths
 
     def _scales(self, slots: int, head_dim: int) -> tuple[int, int]:
         """Rows and columns of scales."""
