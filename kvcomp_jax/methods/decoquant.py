@@ -6,7 +6,13 @@ from kvcomp_jax.policies import Recency
 from kvcomp_jax.spec import LayerSpec, Rung, blocks
 
 
-@method(axis="quantise", bits="2, 3, 4, 8", source="DecoQuant, Liu et al. 2024, arXiv:2405.12591")
+@method(
+    axis="quantise",
+    bits="2, 3, 4, 8",
+    source="DecoQuant, Liu et al. 2024, arXiv:2405.12591",
+    advice="Little metadata without calibration; blocks of 256 tokens wait exactly, so for long contexts.",
+    settings=("bits=4", "bits=8", "bits=2"),
+)
 def decoquant(
     context: Context,
     *,
