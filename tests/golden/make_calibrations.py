@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from kvcomp_jax.calibrate import About, Activations, save
-from kvcomp_jax.methods.kvquant import calibrate
+from kvcomp_jax.methods import METHODS
 
 FOLDER = Path(__file__).parent / "methods"
 OPTIONS = {
+    "fisher_steps": {"num_sinks": 4},
     "kvquant_3": {"bits": 3, "outliers": 0.01, "num_sinks": 1, "across_heads": True},
     "kvquant_2": {"bits": 2, "outliers": 0.05, "num_sinks": 0, "across_heads": False},
 }
@@ -23,8 +24,9 @@ def main() -> None:
     shape = (2, 512, 2, 64)
     layer = Activations(draw(shape), draw(shape), draw(shape) ** 2, draw(shape) ** 2)
     for name, options in OPTIONS.items():
-        tensors = {key: x[None] for key, x in calibrate(layer, **options).items()}
-        save(FOLDER / f"{name}.safetensors", tensors, About("kvquant", options, "made up"))
+        method = next(method for method in METHODS if name.startswith(method))
+        tensors = {key: x[None] for key, x in METHODS[method].calibrate(layer, **options).items()}
+        save(FOLDER / f"{name}.safetensors", tensors, About(method, options, "made up"))
 
 
 if __name__ == "__main__":
