@@ -18,6 +18,7 @@ from kvcomp_jax.codecs.per_channel import PerChannel
 from kvcomp_jax.codecs.pre_rope import PreRope
 from kvcomp_jax.codecs.rotated import Rotated
 from kvcomp_jax.codecs.sketched import Sketched
+from kvcomp_jax.codecs.stepped import Stepped
 from kvcomp_jax.codecs.tensor_train import TensorTrain
 from kvcomp_jax.codecs.wrapper import Wrapper
 
@@ -41,6 +42,7 @@ __all__ = [
     "PreRope",
     "Rotated",
     "Sketched",
+    "Stepped",
     "TensorTrain",
     "Wrapper",
 ]

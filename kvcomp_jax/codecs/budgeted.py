@@ -11,17 +11,16 @@ from kvcomp_jax.codecs.base import Codec, Encoded
 from kvcomp_jax.codecs.integer import IntegerCodec
 from kvcomp_jax.types import pytree, static
 
-RATIO = 1.15  # between steps that are tried: 0.2 bits a value
-
 
 @pytree
 class Budgeted(Codec):
     """Store the codes of `inner` in slots of `budget` bits a value, one for each unit of `block` tokens.
 
     Static shapes must say beforehand what data decide, and no lossless code shrinks everything. So a unit takes the
-    finest step that fits its slot: the inner codec's own, else one wider by a seventh, and so on, and last one so wide
-    that plain packing fits whatever the data: nothing is ever lost, and a unit that is hard to compress is rounded more
-    coarsely instead. `budget=None` gives slots of plain packing, where the inner codec's own step always fits.
+    finest step that fits its slot: the inner codec's own, else one `ratio` times as wide, and so on, and last one
+    so wide that plain packing fits whatever the data: nothing is ever lost, and a unit that is hard to compress is
+    rounded more coarsely instead. `budget=None` gives slots of plain packing, where the inner codec's own step always
+    fits.
     Slots instead of a pool: within a KV head of a small Llama, units of 64 tokens differ in size by 0.1 bits a value
     (one standard deviation) or less, so a pool, which would tie units together in memory and in time, saves little.
     """
@@ -29,6 +28,7 @@ class Budgeted(Codec):
     inner: IntegerCodec
     budget: float | None = static(default=None)
     block: int = static(default=64)
+    ratio: float = static(default=1.15)  # between steps that are tried, at most: 0.2 bits a value
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Codec):
@@ -39,6 +39,8 @@ class Budgeted(Codec):
             raise ValueError(f"block={self.block} must be a multiple of {self.inner.region}, tokens that share a step.")
         if self.budget is not None and self.budget < 2:
             raise ValueError(f"budget={self.budget} must be None or at least 2 bits a value.")
+        if not self.ratio > 1:
+            raise ValueError(f"ratio={self.ratio} must exceed 1: steps that are tried grow.")
         self.inner.stretch_for(2 ** self.inner.plain_bits(self.budget))  # raises if it cannot be coarsened
 
     @property
@@ -50,7 +52,7 @@ class Budgeted(Codec):
     def stretches(self) -> tuple[float, ...]:
         """How much wider than the inner codec's the steps are that a unit may take, finest first."""
         widest = self.inner.stretch_for(2 ** self.inner.plain_bits(self.budget))
-        count = math.ceil(math.log(widest) / math.log(RATIO))
+        count = math.ceil(math.log(widest) / math.log(self.ratio))
         return tuple(widest ** (j / max(count, 1)) for j in range(count + 1))
 
     def fitting(self, x: jax.Array, room: int, cost) -> tuple[jax.Array, Encoded, jax.Array]:

@@ -77,6 +77,10 @@ class Outliers(Wrapper):
         sparse = num_kv_heads * self._sparse_bits(num_tokens, head_dim)
         return total + sparse, metadata + sparse
 
+    def spare_bits(self, enc: Sparse) -> jax.Array | None:
+        """The inner codec's; slots for outliers are always full."""
+        return self.inner.spare_bits(enc.dense)
+
     def check(self, head_dim: int, block_size: int) -> None:
         """Raise ValueError if a row is all outliers, or the inner codec cannot store it."""
         if self.num_outliers >= head_dim:

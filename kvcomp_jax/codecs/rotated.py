@@ -59,6 +59,14 @@ class Rotated(Wrapper):
         """Undo the rotation of the mixed rows."""
         return self._turn_back(self.inner.mix(p, enc, pos))
 
+    def rounded_query(self, q: jax.Array) -> jax.Array:
+        """Return q [*b, R, D] as the inner codec rounds it once it is rotated, turned back."""
+        return self._turn_back(self.inner.rounded_query(self._turn(q)))
+
+    def rounded_probs(self, p: jax.Array) -> jax.Array:
+        """The inner codec's: rotation is of channels, and probabilities have none."""
+        return self.inner.rounded_probs(p)
+
     def check(self, head_dim: int, block_size: int) -> None:
         """Raise ValueError if there is no Hadamard matrix for head_dim, or the inner codec cannot store such rows."""
         check_hadamard(head_dim)

@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any, Self
 
-from kvcomp_jax.codecs.base import Codec
+import jax
+
+from kvcomp_jax.codecs.base import Codec, Encoded
 from kvcomp_jax.types import pytree
 
 
@@ -44,6 +46,10 @@ class Wrapper(Codec):
     def size(self, num_tokens: int, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
         """The inner codec's."""
         return self.inner.size(num_tokens, num_kv_heads, head_dim)
+
+    def spare_bits(self, enc: Encoded) -> jax.Array | None:
+        """The inner codec's, whose encoding `enc` is."""
+        return self.inner.spare_bits(enc)
 
     def check(self, head_dim: int, block_size: int) -> None:
         """Raise ValueError if the inner codec cannot store such rows."""

@@ -7,6 +7,7 @@ from kvcomp_jax.methods.critical_kv import critical_kv
 from kvcomp_jax.methods.decoquant import decoquant
 from kvcomp_jax.methods.duo_attention import duo_attention
 from kvcomp_jax.methods.expected_attention import expected_attention
+from kvcomp_jax.methods.fisher_steps import fisher_steps
 from kvcomp_jax.methods.fp8 import fp8
 from kvcomp_jax.methods.full import full
 from kvcomp_jax.methods.h2o import h2o
@@ -44,6 +45,7 @@ __all__ = [
     "decoquant",
     "duo_attention",
     "expected_attention",
+    "fisher_steps",
     "fp8",
     "full",
     "h2o",

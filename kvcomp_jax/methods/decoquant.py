@@ -10,7 +10,7 @@ from kvcomp_jax.spec import LayerSpec, Rung, blocks
     axis="quantise",
     bits="2, 3, 4, 8",
     source="DecoQuant, Liu et al. 2024, arXiv:2405.12591",
-    advice="Where a few channels are outliers and nothing may be calibrated; a rotation is cheaper and often better.",
+    advice="Little metadata without calibration; blocks of 256 tokens wait exactly, so for long contexts.",
     settings=("bits=4", "bits=4,basis=run", "bits=8", "bits=2"),
 )
 def decoquant(

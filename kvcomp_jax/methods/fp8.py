@@ -6,7 +6,13 @@ from kvcomp_jax.methods.rungs import one_rung
 from kvcomp_jax.spec import LayerSpec
 
 
-@method(axis="quantise", bits="8", source="FP8 formats, Micikevicius et al. 2022, arXiv:2209.05433; vLLM's fp8 cache")
+@method(
+    axis="quantise",
+    bits="8",
+    source="FP8 formats, Micikevicius et al. 2022, arXiv:2209.05433; vLLM's fp8 cache",
+    advice="Where a serving engine expects it; int8 takes hardly more bytes and loses less.",
+    settings=("format=e4m3", "format=e5m2"),
+)
 def fp8(
     context: Context,
     *,

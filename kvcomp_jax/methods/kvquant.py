@@ -51,7 +51,14 @@ def per_side(outliers: float, channels: int) -> int:
     return int(outliers / 2 * channels) + 1 if outliers else 0
 
 
-@method(axis="quantise", bits="2, 3, 4", source="KVQuant, Hooper et al. 2024, arXiv:2401.18079", calibrate=calibrate)
+@method(
+    axis="quantise",
+    bits="2, 3, 4",
+    source="KVQuant, Hooper et al. 2024, arXiv:2401.18079",
+    advice="2 or 3 bits where a text for calibration is at hand; reads rotate keys and add outliers, which costs time.",
+    settings=("bits=4", "bits=3", "bits=2"),
+    calibrate=calibrate,
+)
 def kvquant(
     context: Context,
     *,

@@ -6,7 +6,12 @@ from kvcomp_jax.methods.rungs import one_rung
 from kvcomp_jax.spec import LayerSpec
 
 
-@method(axis="quantise", bits="4", source='NVIDIA Technical Blog, "Introducing NVFP4", June 2025')
+@method(
+    axis="quantise",
+    bits="4",
+    source='NVIDIA Technical Blog, "Introducing NVFP4", June 2025',
+    advice="4.5 bits where hardware multiplies e2m1 floats; elsewhere int4 is as small.",
+)
 def nvfp4(
     context: Context,
     *,
@@ -25,7 +30,12 @@ def nvfp4(
     return one_rung(context, codec, codec, num_sinks=num_sinks, window=window, block_size=block_size)
 
 
-@method(axis="quantise", bits="4", source="OCP Microscaling Formats 1.0, 2023; Rouhani et al. 2023, arXiv:2310.10537")
+@method(
+    axis="quantise",
+    bits="4",
+    source="OCP Microscaling Formats 1.0, 2023; Rouhani et al. 2023, arXiv:2310.10537",
+    advice="The portable format of 4-bit floats, 4.25 bits; nvfp4 has finer scales.",
+)
 def mxfp4(context: Context, *, num_sinks: int = 0, window: int = 0, block_size: int = 64) -> LayerSpec:
     """Store K and V as e2m1 floats in blocks of 32 channels whose scales are powers of two."""
     codec = Float4(group_size=32, block_scale="e8m0")

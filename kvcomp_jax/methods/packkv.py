@@ -7,7 +7,13 @@ from kvcomp_jax.policies import Recency
 from kvcomp_jax.spec import LayerSpec, Rung, blocks
 
 
-@method(axis="quantise", bits="1 to 4, as data need", source="PackKV, Jiang et al. 2025, arXiv:2512.24449")
+@method(
+    axis="quantise",
+    bits="1 to 4, as data need",
+    source="PackKV, Jiang et al. 2025, arXiv:2512.24449",
+    advice="As kvcomp, with packs that are read without a serial walk, for a few more bits.",
+    settings=("", "k_rel_scale=0.06,v_rel_scale=0.12"),
+)
 def packkv(
     context: Context,
     *,

@@ -7,7 +7,13 @@ from kvcomp_jax.methods.rungs import one_rung
 from kvcomp_jax.spec import LayerSpec
 
 
-@method(axis="quantise", bits="2, 3, 4", source="TurboQuant, Zandieh et al. 2025, arXiv:2504.19874")
+@method(
+    axis="quantise",
+    bits="2, 3, 4",
+    source="TurboQuant, Zandieh et al. 2025, arXiv:2504.19874",
+    advice="As quarot, with levels for a normal distribution instead of ranges; few bits of metadata.",
+    settings=("bits=4", "bits=3", "bits=2"),
+)
 def turboquant(
     context: Context,
     *,

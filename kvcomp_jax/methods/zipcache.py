@@ -19,7 +19,7 @@ class _Class(NamedTuple):
     axis="quantise",
     bits="4 and 2",
     source="ZipCache, He et al. 2024, arXiv:2405.14256",
-    advice="Between 2 and 4 bits, for long prompts whose tokens differ in worth.",
+    advice="Between 2 and 4 bits where a few tokens matter most; it ranks them by probes of the prompt.",
     settings=("", "low_share=0.7", "bits=8,low_bits=4,low_share=0.5"),
 )
 def zipcache(

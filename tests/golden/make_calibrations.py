@@ -12,6 +12,7 @@ from kvcomp_jax.methods import METHODS
 
 FOLDER = Path(__file__).parent / "methods"
 OPTIONS = {
+    "fisher_steps": ("fisher_steps", {"num_sinks": 4}),
     "kvquant_3": ("kvquant", {"bits": 3, "outliers": 0.01, "num_sinks": 1, "across_heads": True}),
     "kvquant_2": ("kvquant", {"bits": 2, "outliers": 0.05, "num_sinks": 0, "across_heads": False}),
     "duo_attention_3_16": ("duo_attention", {"num_sinks": 3, "recent": 16}),

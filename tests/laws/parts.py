@@ -24,6 +24,7 @@ from kvcomp_jax.codecs import (
     PreRope,
     Rotated,
     Sketched,
+    Stepped,
     TensorTrain,
 )
 from kvcomp_jax.types import Constant
@@ -83,6 +84,7 @@ CODECS = [
     Homomorphic(inner=Affine(bits=3, axis="token")),
     *(Homomorphic(inner=Affine(bits=8, axis=a, group_size=32), keep_sums=False) for a in ("token", "channel")),
     Homomorphic(inner=Affine(bits=4, axis="channel", group_size=32, symmetric=True, rounding="stochastic", seed=3)),
+    *(Rotated(inner=Homomorphic(inner=Affine(bits=2, axis=a, group_size=32)), seed=0) for a in ("token", "channel")),
     *(ChannelScaled(inner=Affine(bits=b, axis="token")) for b in (2, 3, 4)),
     TensorTrain(large=Affine(bits=4, axis="token", symmetric=True), block_size=64),
     TensorTrain(large=Affine(bits=3, axis="token"), block_size=32, rank=8, basis="run", dtype="float32"),
@@ -95,6 +97,10 @@ CODECS = [
     Entropy(inner=Bounded(rel_scale=0.25, axis="channel", group_size=32), block=32),
     Entropy(inner=Affine(bits=4, axis="token", group_size=32), budget=3.0),
     Entropy(inner=Affine(bits=8, axis="channel", group_size=32)),
+    PreRope(inner=Entropy(inner=Bounded(rel_scale=0.1, axis="channel", group_size=32), block=32), rope=ROPE),
+    Outliers(inner=Entropy(inner=Affine(bits=3, axis="token"), budget=2.5), num_outliers=2),
+    *(Stepped(step=0.2, num_levels=n, group_size=32) for n in (12, 128)),
+    per_channel(Entropy(inner=Stepped(step=0.3, group_size=16), budget=3.0, block=32, ratio=2.0)),
     Packs(inner=Bounded(rel_scale=0.1, axis="token")),
     Packs(inner=Bounded(rel_scale=0.05, axis="token"), budget=2.5, block=32, pack=8),
     Packs(inner=Affine(bits=4, axis="channel", group_size=64), budget=3.0),
@@ -103,6 +109,7 @@ CODECS = [
 ]
 
 CALIBRATIONS = Path(__file__).parents[1] / "golden" / "methods"
+FISHER = "fisher_steps:block_size=32,calibration=fisher_steps.safetensors"
 KVQUANT_3 = "kvquant:calibration=kvquant_3.safetensors"
 KVQUANT_2 = "kvquant:bits=2,outliers=0.05,num_sinks=0,across_heads=False,calibration=kvquant_2.safetensors"
 DUO = "duo_attention:num_sinks=3,recent=16,calibration=duo_attention_3_16.safetensors"
@@ -119,6 +126,7 @@ METHODS = [
     "kivi:bits=2,residual=32",
     "kivi:k_bits=4,v_bits=3,residual=64",
     "hack:group_size=32,num_sinks=2",
+    "hack:group_size=32,rotate=true",
     "kvcomp:block_size=32,k_recent=32,v_recent=128",
     "packkv:block_size=32,recent=48,pack=8",
     "streaming_llm:budget=40",
@@ -133,6 +141,7 @@ METHODS = [
     "fp8:format=e5m2,scale=token,block_size=16",
     "nvfp4:block_size=16",
     "h2o:budget=90+mxfp4",
+    FISHER,
     KVQUANT_3,
     f"h2o:budget=140+{KVQUANT_2}",
     "zipcache:block_size=40",
@@ -207,7 +216,7 @@ RANKED = (
 )
 BY_AGE = [m for m in METHODS if not m.startswith(RANKED)]
 # What they store, or have at hand, depends on what the prompt was: a longer one leads to other tables.
-FITTED = [m for m in METHODS if m.startswith(("kvcomp", "cluster_kv", "arkvale"))]
+FITTED = [m for m in METHODS if m.startswith(("kvcomp", "fisher_steps", "cluster_kv", "arkvale"))]
 
 HEADS = [(4, 4), (6, 2), (3, 1)]  # multi-head, grouped-query, multi-query
 

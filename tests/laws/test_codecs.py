@@ -35,8 +35,11 @@ def test_dot_and_mix_agree_with_decode(codec, seed):
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_operands_are_rounded_by_half_of_an_8_bit_step_at_most(codec):
-    q, p = normal(1, 2, 5, HEAD_DIM), jnp.abs(normal(2, 2, 5, 192))
-    for x, taken in ((q, codec.rounded_query(q)), (p, codec.rounded_probs(p))):
+    """In the basis that the codec multiplies in: queries enter it, probabilities have none."""
+    codec = ready(codec, draw(0, 64)[0])
+    q, p = normal(1, 1, 2, 5, HEAD_DIM), jnp.abs(normal(2, 1, 2, 5, 192))
+    operands = (codec.enter(q), codec.enter(codec.rounded_query(q))), (p, codec.rounded_probs(p))
+    for x, taken in operands:
         largest_step = (x.max(-1) - x.min(-1)) / 255
         assert bool((jnp.abs(taken - x) <= 0.501 * largest_step[..., None]).all())
 

@@ -10,6 +10,7 @@ import pytest
 
 import kvcomp_jax as kvc
 from kvcomp_jax.codecs import Bounded, Entropy
+from kvcomp_jax.types import Constant
 from pallas_kernels.entropy_decode import streams
 from pallas_kernels.entropy_decode.rows import codes_of
 from tests.laws.parts import HEAD_DIM, decode_many, make, normal, prefill, qkv
@@ -190,6 +191,24 @@ def test_nbytes_counts_slots_as_allocated_and_codes_as_used():
         saved += spare[0].sum() + spare[1, :, :2].sum()  # the second row has two blocks of 64
     assert bound.used - held.used == saved // 8
     assert 0.5 < held.used / bound.used < 0.9
+
+
+def test_keys_before_rope_are_what_is_quantised_and_wrapped_slots_count_what_they_use():
+    """A channel that rotates fast has a narrow range before its rotation, so its step is finer than after it."""
+    rope = kvc.Rotary(Constant(np.ones(HEAD_DIM // 2, np.float32)))
+    layout = kvc.Layout(num_layers=1, num_kv_heads=2, head_dim=HEAD_DIM, ropes=(rope,))
+    options = "k_axis=channel,k_rel_scale=0.25,k_budget=none,k_recent=64,v_recent=64"
+    before, after = (
+        kvc.parse(f"kvcomp:{options},pre_rope={on}").plan(layout, max_len=128).specs[0].rungs[-1].k
+        for on in ("true", "false")
+    )
+    pos = jnp.broadcast_to(jnp.arange(128), (1, 2, 128))
+    plain = 5.0 + 0.1 * normal(0, 1, 2, 128, HEAD_DIM)
+    x = rope.apply(plain, pos)
+    enc, rotated = before.encode(x, pos), after.encode(x, pos)
+    errors = [np.abs(np.asarray(codec.decode(e, pos) - x)).mean() for codec, e in ((before, enc), (after, rotated))]
+    assert errors[0] < errors[1] / 5
+    assert 0 < int(before.spare_bits(enc).min()) < before.nbits(64, HEAD_DIM)
 
 
 @pytest.mark.parametrize(
