@@ -22,7 +22,7 @@ test-slow: $(VENV)/.test assets
 
 # What a second interpreter is checked with.
 test-short: $(VENV)/.test
-	$(BIN)/python -m pytest --quick tests/laws/test_attention.py tests/laws/test_codecs.py \
+	$(BIN)/python -m pytest --quick tests/laws/test_attention.py \
 	  tests/kernels/test_quantized_decode.py tests/methods/test_parse.py tests/methods/test_evicting.py \
 	  tests/models/test_golden.py -n 2 -m "not slow and not real_model" $(ARGS)
 

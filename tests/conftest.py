@@ -16,7 +16,7 @@ from hypothesis import settings
 
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-settings.register_profile("few", max_examples=5, deadline=None, derandomize=True, database=None)
+settings.register_profile("few", max_examples=3, deadline=None, derandomize=True, database=None)
 settings.load_profile("few")
 
 _ROOM = 5 * 2**30  # bytes a worker may hold in compiled programs and arrays before it forgets them

@@ -10,6 +10,7 @@ import kvcomp_jax as kvc
 from tests.laws.parts import (
     BY_AGE,
     FITTED,
+    FORMS,
     HEAD_DIM,
     HEADS,
     METHODS,
@@ -342,7 +343,7 @@ def test_rows_with_no_real_token_stay_as_they_are(text):
         chex.assert_trees_all_equal(*(jax.tree.map(lambda x, row=row: x[row], c) for c in (cache, after)))
 
 
-@pytest.mark.parametrize("text", [*(m for m in METHODS if m != PYRAMID), "full:block_size=64"])
+@pytest.mark.parametrize("text", [*sorted(FORMS - {PYRAMID}), "full:block_size=64"])
 @pytest.mark.parametrize("window", [16, 48])
 def test_sliding_window_layers_never_exceed_their_window(text, window):
     q, k, v = qkv(12, 4, max(LENGTHS) + STEPS)
@@ -388,7 +389,7 @@ def test_bfloat16_caches_stay_bfloat16(text):
         chex.assert_trees_all_close(decoded[0].astype(jnp.float32), whole[0, 50:90], atol=3e-2)
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", sorted(FORMS))
 def test_a_chunk_on_top_of_a_filled_cache(text):
     """The next turn of a chat: exact among its own tokens, everything kept afterwards."""
     q, k, v = qkv(15, 4, max(LENGTHS) + STEPS)
