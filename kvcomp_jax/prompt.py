@@ -123,7 +123,7 @@ def close_prompt(prompt: PromptCache, base: LayerCache | None = None, *, stat: j
 def _close(prompt: PromptCache, cache: LayerCache, staged: Exact, stat: jax.Array | None = None) -> LayerCache:
     if stat is not None:
         staged = dataclasses.replace(staged, stat=stat)
-    elif prompt.policy is not None:
+    elif prompt.policy is not None and (prompt.fresh or prompt.policy.keeps_stat):  # else ranks would be forgotten
         seen = as_seen(prompt, cache, staged)
         staged = dataclasses.replace(staged, stat=prompt.policy.from_prompt(staged.stat, seen))
     if not prompt.fresh:

@@ -109,3 +109,6 @@ def test_scores_can_be_given_from_outside():
     for head, kept in enumerate(held(closed)):
         best = np.argsort(-np.asarray(stat[0, head, SINKS:]))[:10] + SINKS
         assert kept == set(best.tolist()) | set(range(SINKS))
+    turn = kvc.open_prompt(closed, 5, fresh=False, num_heads=4)
+    after = kvc.close_prompt(kvc.attend(turn, q[:, :5], k[:, :5], v[:, :5])[1])  # what follows is kept without rank
+    assert held(after) == [head | set(range(40, 45)) for head in held(closed)]

@@ -11,7 +11,9 @@ import pytest
 
 import kvcomp_jax as kvc
 from kvcomp_jax.budgets import nested
+from kvcomp_jax.cache import window_pos
 from kvcomp_jax.prompt import as_seen
+from kvcomp_jax.tiers import tier_pos
 from models.generate import _open, _open_nested, _read_chunk
 from models.generate import prefill as prefill_model
 from tests.laws.parts import decode, make, qkv, settle
@@ -130,6 +132,28 @@ def test_deeper_layers_compute_fewer_tokens():
     assert full.count(f"tensor<1x256x{ffn}xf32>") > fewer.count(f"tensor<1x256x{ffn}xf32>")
     last = kvc.parse("pyramid_infer:decay=0.6,min_context=8").plan(lm.config.layout, max_len=256, prompt_len=256)
     assert f"tensor<1x{last.specs[-1].prompt_tokens}x{ffn}xf32>" in fewer
+
+
+def keys_at(cache):
+    """Cached keys [K, D] of one row by text position."""
+    sets = [(window_pos(cache), cache.window.k), *((tier_pos(t, 0), t.k) for t in cache.tiers)]
+    return {
+        int(p): np.asarray(k[0, :, slot])
+        for pos, k in sets
+        for slot, p in enumerate(np.asarray(pos)[0, 0].tolist())
+        if p >= 0
+    }
+
+
+def test_positions_travel_with_tokens():
+    """The last of three layers is the first that is handed a part: its keys are those of the full model, turned so."""
+    lm, _ = golden.load("llama")
+    _, _, caches = read(lm, [90])
+    _, _, full = read(lm, [90], "full")
+    mine, whole = keys_at(caches[-1]), keys_at(full[-1])
+    assert set(mine) < set(whole)
+    for pos, k in mine.items():
+        np.testing.assert_allclose(k, whole[pos], atol=1e-4)
 
 
 def test_rows_keep_what_each_keeps_alone():
