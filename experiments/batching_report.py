@@ -63,10 +63,7 @@ def print_table(console: Console, folder: Path) -> None:
         table.add_column(title, justify="left" if title == "method" else "right")
     for row in results["rows"]:
         table.add_row(*cells(row))
-    needed = Console(width=1000).measure(table).maximum
-    Console(file=console.file, width=max(console.width, needed)).print(table)
-    for name in ("results.json", "slots.png", "index.html"):
-        console.print(folder / name)
+    page.show(console, table, [folder / name for name in ("results.json", "slots.png", "index.html")])
 
 
 def plot(results: dict[str, Any], file: Path) -> None:

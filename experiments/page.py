@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich.console import Console
+from rich.table import Table
 
 from experiments.results import write_atomically
 
@@ -52,3 +54,11 @@ def write(
     """
     values = {"title": title, "intro": intro, "columns": columns, "rows": rows, "figures": figures}
     write_atomically(file, render("page.html.jinja", meta=meta, settings=settings, **values))
+
+
+def show(console: Console, table: Table, files: Sequence[Path]) -> None:
+    """Print a table as wide as it is, so that nothing is cut, and where the files are."""
+    needed = Console(width=1000).measure(table).maximum
+    Console(file=console.file, width=max(console.width, needed)).print(table)
+    for file in files:
+        console.print(file)

@@ -96,10 +96,7 @@ def print_table(console: Console, folder: Path) -> None:
         cell["decode tok/s"] = cell["decode tok/s"].partition(" ")[0]
         cell["method"] += f" ({row['note']})" if row["note"] else ""
         table.add_row(*(cell[title] for title in _SHORT))
-    needed = Console(width=1000).measure(table).maximum
-    Console(file=console.file, width=max(console.width, needed)).print(table)
-    for name in ("results.json", "pareto.png", "index.html"):
-        console.print(folder / name)
+    page.show(console, table, [folder / name for name in ("results.json", "pareto.png", "index.html")])
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
