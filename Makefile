@@ -17,8 +17,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest --quick -n 2 --dist loadgroup -m "not slow and not real_model" $(ARGS)
 
 test-slow: $(VENV)/.test assets
-	$(BIN)/python -m pytest --quick tests/laws -n 2 --dist loadgroup -m slow $(ARGS)
-	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest -n 2 -m "slow or real_model" --ignore tests/kernels --ignore tests/laws $(ARGS)
+	$(BIN)/python -m pytest --quick --ignore tests/kernels -n 2 --dist loadgroup -m "slow and not real_model" $(ARGS)
+	KVCOMP_BIBLE=$(TEXT) $(BIN)/python -m pytest --ignore tests/kernels -n 2 -m real_model $(ARGS)
 
 # What a second interpreter is checked with.
 test-short: $(VENV)/.test

@@ -36,6 +36,15 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *flags])
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of one file, or laws of one part, run in one worker: they share fixtures and compiled programs there."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        part = params.get("text", params.get("codec")) if item.path.parent.name == "laws" else None
+        item.add_marker(pytest.mark.xdist_group(item.path.stem if part is None else repr(part)))
+
+
 @pytest.fixture(autouse=True)
 def _bounded_memory():
     """Hundreds of small compilations would otherwise add up to many gigabytes."""

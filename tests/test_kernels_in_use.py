@@ -53,7 +53,8 @@ def test_backends_to_do_without_are_passed_over_and_say_so(monkeypatch):
 
 
 @pytest.mark.slow
-def test_numba_reads_a_quantised_cache_on_cpu_in_a_jitted_step():
+def test_numba_reads_a_quantised_cache_on_cpu_in_a_jitted_step(monkeypatch):
+    monkeypatch.setenv("KVCOMP_WITHOUT", "")
     cache = make("int4", batch=2, num_kv_heads=3, max_len=256)
     args = qkv(0, 2, 1, (9, 3))
     (rung,) = kvc.kernels_in_use(cache, num_heads=9)

@@ -32,6 +32,7 @@ def test_the_result_lies_beside_the_model_and_says_where_it_comes_from(calibrate
     assert about.provenance["versions"]["jax"]
 
 
+@pytest.mark.slow
 def test_it_is_found_and_used(calibrated, text_file, tmp_path):
     methods = "full;kvquant:bits=4"
     arguments = ["--model", str(calibrated), "--text", str(text_file), "--methods", methods, "--out", str(tmp_path)]

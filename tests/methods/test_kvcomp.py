@@ -146,6 +146,7 @@ def test_buffers_after_a_prompt_and_while_decoding():
         assert (values < 256).all()
 
 
+@pytest.mark.slow
 def test_streaming_gives_the_symbols_steps_and_zero_bins_of_one_shot():
     q, k, v = qkv(1, 1, 400)
     text = "kvcomp:k_budget=none,v_budget=none"

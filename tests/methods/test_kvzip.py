@@ -41,7 +41,7 @@ def repeated(lm, ids, chunk):
     return tops
 
 
-@pytest.mark.parametrize("chunk", [2048, 32], ids="chunk={}".format)
+@pytest.mark.parametrize("chunk", [2048, pytest.param(32, marks=pytest.mark.slow)], ids="chunk={}".format)
 @pytest.mark.parametrize("safeguard", ["0.0", "0.3", "none"], ids="safeguard={}".format)
 def test_keeps_what_the_model_needs_to_repeat_the_prompt(safeguard, chunk):
     lm, _ = golden.load("llama")

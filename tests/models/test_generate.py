@@ -11,7 +11,7 @@ from models import generate, programs
 from tests.experiments.tiny import write_model
 from tests.models.golden import PROMPT, forward, load
 
-METHODS = ["full", "kivi:bits=2,group_size=16,residual=16", "h2o:budget=20", "streaming_llm:budget=16"]
+METHODS = ["full", "kivi:bits=2,group_size=16,residual=16", "h2o:budget=20"]
 
 
 @pytest.fixture(scope="module")

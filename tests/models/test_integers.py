@@ -190,6 +190,7 @@ def test_gptq_is_nearer_to_the_model_than_rounding(four_bits):
     assert error(models.to_integers(rotated, w4, calibration=tokens)) < 0.9 * error(models.to_integers(rotated, w4))
 
 
+@pytest.mark.slow
 def test_a_model_in_four_bits_generates_through_a_four_bit_cache(four_bits, tmp_path):
     _, _, packed, tokens = four_bits
     prompts = [tokens[0, :20].tolist(), tokens[1, :9].tolist()]

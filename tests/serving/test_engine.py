@@ -11,7 +11,7 @@ from tests.models.golden import load
 
 METHODS = [
     "full:block_size=8",
-    "kivi:bits=2,group_size=16,residual=16",
+    pytest.param("kivi:bits=2,group_size=16,residual=16", marks=pytest.mark.slow),
     "h2o:budget=24,num_sinks=2,recent=8",
     "snapstream:budget=0.5,num_queries=8",
     "streaming_llm:budget=20",
