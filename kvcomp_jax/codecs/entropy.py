@@ -1,11 +1,13 @@
 """Entropy coding: frequent codes take fewer bits."""
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kvcomp_jax.codecs.base import Encoded
@@ -144,8 +146,7 @@ class Entropy(Budgeted):
     def _lengths(self) -> jax.Array:
         """Tables of no prompt, u8[stretches, symbols]."""
         levels = [max(math.ceil(self.inner.num_levels / stretch), 2) for stretch in self.stretches]
-        weights = [jnp.zeros(self.inner.num_levels, jnp.int32).at[:n].set(bell(n)) for n in levels]
-        return code_lengths(jnp.stack(weights), self.max_bits)
+        return jnp.asarray(_bell_lengths(tuple(levels), self.inner.num_levels, self.max_bits))
 
     def _tables(self, leading: tuple[int, ...]) -> jax.Array:
         """Tables u8[*leading, stretches, symbols]."""
@@ -153,3 +154,11 @@ class Entropy(Budgeted):
             return self.lengths
         lengths = self._lengths()
         return jnp.broadcast_to(lengths, (*leading, *lengths.shape))
+
+
+@functools.lru_cache
+def _bell_lengths(levels: tuple[int, ...], num_levels: int, max_bits: int) -> np.ndarray:
+    """Lengths u8[len(levels), num_levels] for bells of so many levels; a constant to programs, not a part of them."""
+    with jax.ensure_compile_time_eval():
+        weights = [jnp.zeros(num_levels, jnp.int32).at[:n].set(bell(n)) for n in levels]
+        return np.asarray(code_lengths(jnp.stack(weights), max_bits))
