@@ -9,10 +9,11 @@ from jax import lax
 
 from kvcomp_jax.attention import AttnState, from_logits, merge, unit
 from kvcomp_jax.codecs import Affine, Identity
-from kvcomp_jax.ladder import take
 from kvcomp_jax.retrieval.base import Selection
+from kvcomp_jax.retrieval.host import fetch
 from kvcomp_jax.retrieval.lookup import LookupState
 from kvcomp_jax.tiers import READ_BLOCK, Queries, Tier, as_stored, filled_slots, logits_of, mix_of, tier_pos
+from kvcomp_jax.units import take
 from pallas_kernels.gather_decode import gather_decode
 
 
@@ -23,14 +24,14 @@ def attend_selected(queries: Queries, tier: Tier, num_sinks: int) -> tuple[AttnS
     """
     batch, heads, rows, head_dim = queries.q.shape
     state = cast(LookupState, tier.lookup)
-    num_tokens = rows // queries.groups
+    num_tokens, page_size = rows // queries.groups, state.lookup.index.page_size
     by_token = queries.q.reshape(batch, heads, queries.groups, num_tokens, head_dim)
     real = jnp.ones((batch, rows), bool) if queries.real is None else queries.real
 
     def step(state: LookupState, x: tuple[jax.Array, jax.Array]) -> tuple[LookupState, AttnState]:
         q, real = x  # [B, K, G, D], [B]
-        chosen, state = state.choose(q, filled_slots(tier), real)
-        return state, _attend(dataclasses.replace(queries, q=q), tier, num_sinks, chosen)
+        chosen, state = state.choose(q, filled_slots(tier), real, (tier.k, tier.v), tier.capacity // page_size)
+        return state, _attend(dataclasses.replace(queries, q=q), _at_hand(tier, state), num_sinks, chosen)
 
     if num_tokens == 1:
         state, out = step(state, (by_token[:, :, :, 0], real[:, 0]))
@@ -38,6 +39,16 @@ def attend_selected(queries: Queries, tier: Tier, num_sinks: int) -> tuple[AttnS
     state, outs = lax.scan(step, state, (jnp.moveaxis(by_token, 3, 0), real[:, :num_tokens].T))
     joined = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(batch, heads, rows, *x.shape[4:]), outs)
     return joined, dataclasses.replace(tier, lookup=state)
+
+
+def _at_hand(tier: Tier, state: LookupState) -> Tier:
+    """A tier of the copies at hand, where there are some."""
+    if state.pool is None:
+        return tier
+    capacity = state.lookup.num_pages * state.lookup.index.page_size
+    whole = jnp.full_like(tier.entered, capacity)
+    k, v = state.pool
+    return dataclasses.replace(tier, k=k, v=v, capacity=capacity, entered=whole, limit=whole)
 
 
 def _attend(queries: Queries, tier: Tier, num_sinks: int, chosen: Selection) -> AttnState:
@@ -65,9 +76,14 @@ def fused(tier: Tier) -> bool:
 
 def _attend_pages(queries: Queries, tier: Tier, num_sinks: int, chosen: Selection) -> AttnState:
     """Attend from q [B, K, R, D] to pages i32[B, K, n]."""
-    if chosen.first is None and fused(tier):
+    if chosen.first is None and fused(tier) and not _read_from_host(tier):
         return _attend_fused(queries, tier, chosen)
     return _attend_gathered(queries, tier, num_sinks, chosen)
+
+
+def _read_from_host(tier: Tier) -> bool:
+    lookup = cast(LookupState, tier.lookup)
+    return lookup.lookup.memory == "host" and lookup.pool is None
 
 
 def _attend_fused(queries: Queries, tier: Tier, chosen: Selection) -> AttnState:
@@ -101,7 +117,7 @@ def _attend_gathered(queries: Queries, tier: Tier, num_sinks: int, chosen: Selec
 
     def block(mine: Selection) -> AttnState:
         page = jnp.maximum(mine.page, 0)
-        k, v = take((tier.k, tier.v), page, num_pages)
+        k, v = (fetch if _read_from_host(tier) else take)((tier.k, tier.v), page, num_pages)
         slot = jnp.arange(size, dtype=jnp.int32)[None, None, None]
         live = (slot < mine.end[..., None]) & (mine.page >= 0)[..., None]
         if mine.first is not None:
