@@ -287,6 +287,8 @@ def test_rows_stand_in_pinned_host_memory_and_are_reported_apart():
     assert {x.sharding.memory_kind for x in (tier.k, tier.v)} == {"pinned_host"}
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves((cache.window, tier.lookup))}
     assert kinds == {jax.devices()[0].default_memory().kind}
+    moved = jax.jit(lambda c, one: kvc.free_row(kvc.insert_row(c, 0, one), 0))(cache, cache).tiers[0]
+    assert {x.sharding.memory_kind for x in (moved.k, moved.v)} == {"pinned_host"}
     held, plain = kvc.nbytes(cache), kvc.nbytes(filled(TEXT, PROMPT, STEPS)[1])
     assert held.host == 2 * 2 * tier.capacity * 64 * 4
     assert held.allocated == plain.allocated + 2 * 2 * SLOTS * PAGE * 64 * 4
