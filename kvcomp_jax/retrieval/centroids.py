@@ -160,8 +160,11 @@ class Centroids(Index):
 
         page = of(begin - until + touched) + place[None, None, None]
         live = (rank < until.shape[-1]) & (place[None] < (limit // self.page)[:, None])[:, None, None]
+        page = jnp.where(live, page, -1)
+        if self.page == 1:  # no token is of two clusters
+            return Selection(page=page, first=jnp.zeros_like(page), end=jnp.ones_like(page))
         return Selection(
-            page=jnp.where(live, page, -1),
+            page=page,
             first=jnp.maximum(of(first) - page * self.page, 0),
             end=jnp.minimum(of(first + size) - page * self.page, self.page),
         )

@@ -107,7 +107,8 @@ def _attend_gathered(queries: Queries, tier: Tier, num_sinks: int, chosen: Selec
     """
     shape, (lists, num_found) = queries.q.shape, chosen.page.shape[2:]
     size = cast(LookupState, tier.lookup).lookup.index.page_size
-    num_pages, at_once = tier.capacity // size, min(max(READ_BLOCK // size, 1), num_found)
+    num_pages, num_blocks = tier.capacity // size, -(-num_found // max(READ_BLOCK // size, 1))
+    at_once = -(-num_found // num_blocks)
     k_codec, v_codec = jax.tree.map(lambda x: jnp.repeat(x, lists, 1), (tier.k_codec, tier.v_codec))
     queries = dataclasses.replace(queries, q=queries.q.reshape(shape[0], shape[1] * lists, -1, shape[3]))
 
@@ -133,12 +134,12 @@ def _attend_gathered(queries: Queries, tier: Tier, num_sinks: int, chosen: Selec
         cut = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * at_once, at_once, 3), padded)
         return merge(state, block(cut))
 
-    if num_found == at_once:
+    if num_blocks == 1:
         state = block(chosen)
     else:
-        rest = ((0, 0), (0, 0), (0, 0), (0, -num_found % at_once))
+        rest = ((0, 0), (0, 0), (0, 0), (0, num_blocks * at_once - num_found))
         padded = dataclasses.replace(
             jax.tree.map(lambda x: jnp.pad(x, rest), chosen), page=jnp.pad(chosen.page, rest, constant_values=-1)
         )
-        state = lax.fori_loop(0, -(-num_found // at_once), body, unit(queries.q.shape))
+        state = lax.fori_loop(0, num_blocks, body, unit(queries.q.shape))
     return jax.tree.map(lambda x: x.reshape(*shape[:3], *x.shape[3:]), state)
