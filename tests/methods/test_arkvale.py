@@ -295,6 +295,7 @@ def test_rows_stand_in_pinned_host_memory_and_are_reported_apart():
     assert plain.host == 0
 
 
+@pytest.mark.slow
 def test_decode_loops_with_rows_on_the_host():
     (q, k, v), cache = filled(TEXT + ",memory=host", 128, 8)
     more = [x[:, 128:] for x in (q, k, v)]

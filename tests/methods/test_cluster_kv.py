@@ -236,7 +236,7 @@ def test_impossible_options_are_refused(text, words):
         kvc.parse(text).plan(layout, max_len=2048)
 
 
-@pytest.mark.parametrize("store", ["", "+int8"])
+@pytest.mark.parametrize("store", ["", pytest.param("+int8", marks=pytest.mark.slow)])
 def test_host_memory_changes_no_output(store):
     (q, k, v), resident = filled(TEXT + store, PROMPT, 20)
     _, cache = filled(TEXT + ",memory=host" + store, PROMPT, 20)
