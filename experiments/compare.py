@@ -153,13 +153,27 @@ def _row(method: str, scores: list[Score], measured: dict[str, Any], bench: Benc
         "bytes_allocated": held.allocated,
         "bytes_used": held.used,
         "bytes_metadata": held.metadata,
+        "bytes_host": held.host,
         "bits_per_value": 8 * held.used / values,
         "times_smaller": bench.full_bytes.used / held.used,
         "kernel": measured.pop("kernel"),
         **measured,
-        "note": "" if method == "full" or saves(held, bench.full_bytes) else "no bytes saved",
+        "note": _note(method, held, measured, bench),
         "windows": [dataclasses.asdict(s) for s in scores],
     }
+
+
+def _note(method: str, held: kvc.Bytes, measured: dict[str, Any], bench: Bench) -> str:
+    """What the table says of a method beside its figures."""
+    parts = []
+    if held.host:
+        parts.append(f"{held.host / 1e6:.1f} MB of it on the host")
+    elif method != "full" and not saves(held, bench.full_bytes):
+        parts.append("no bytes saved")
+    if "recall_hit_rate" in measured:
+        hits, moved = measured["recall_hit_rate"], measured["recall_bytes_per_step"]
+        parts.append(f"{hits:.0%} of pages at hand, {moved / 1e3:.1f} kB recalled a step")
+    return "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,11 @@ class Bench:
         caches, stepper = row.pop("held")
         if method == "full":
             self._full = (caches, stepper)
-        rates, full_rates = self._rates(caches, stepper)
+        rates, full_rates, moved = self._rates(caches, stepper)
         row["compile_s"] += stepper.compile_s
+        if moved.wanted:
+            row["recall_hit_rate"] = 1 - moved.recalled / moved.wanted
+            row["recall_bytes_per_step"] = moved.bytes / stepper.num_steps
         return scores, {
             **row,
             "decode_tokens_per_s": statistics.median(rates),
@@ -94,21 +97,23 @@ class Bench:
         }
         return scores, row
 
-    def _rates(self, caches: tuple[Any, ...], stepper: Stepper) -> tuple[list[float], list[float]]:
-        """Tokens a second of a method and of the full cache, measured in turn."""
+    def _rates(self, caches: tuple[Any, ...], stepper: Stepper) -> tuple[list[float], list[float], kvc.Recalls]:
+        """Tokens a second of a method and of the full cache, measured in turn, and what one measurement recalled."""
         if self._full is None:
             if self._full_row is None:
                 raise RuntimeError("prepare_reference comes first")
             self._full = self._full_row[1]["held"]
         rates, full_rates = [], []
         for _ in range(self.config.repeats):
-            rates.append(_rate(caches, stepper))
-            full_rates.append(rates[-1] if self._full[1] is stepper else _rate(*self._full))
-        return rates, full_rates
+            rate, moved = _rate(caches, stepper)
+            rates.append(rate)
+            full_rates.append(rate if self._full[1] is stepper else _rate(*self._full)[0])
+        return rates, full_rates, moved
 
 
-def _rate(caches: tuple[Any, ...], stepper: Stepper) -> float:
+def _rate(caches: tuple[Any, ...], stepper: Stepper) -> tuple[float, kvc.Recalls]:
+    """Tokens a second of the decode loop on top of caches, and what it recalled."""
     state = stepper.start(jax.tree.map(jnp.copy, caches))  # the loop takes its caches over
     start = time.perf_counter()
-    stepper.run(state)
-    return stepper.num_steps / (time.perf_counter() - start)
+    state = stepper.run(state)
+    return stepper.num_steps / (time.perf_counter() - start), kvc.recalls(state.caches)

@@ -40,10 +40,10 @@ def main(config: Config) -> None:
     rows = {method: forecast(method, layout, config) for method in methods}
     full = forecast("full", layout, config)
     table = Table(title=f"{config.model}: {config.batch} rows of {config.context} tokens, {config.cache_dtype}")
-    for title in ("method", "MB used", "of it metadata", "MB allocated", "× smaller"):
+    for title in ("method", "MB used", "of it metadata", "MB allocated", "of it on host", "× smaller"):
         table.add_column(title, justify="left" if title == "method" else "right")
     for method, held in rows.items():
-        megabytes = [f"{x / 1e6:.3f}" for x in (held.used, held.metadata, held.allocated)]
+        megabytes = [f"{x / 1e6:.3f}" for x in (held.used, held.metadata, held.allocated, held.host)]
         table.add_row(method, *megabytes, f"{full.used / held.used:.2f}")
     console = Console()
     console.print(table)

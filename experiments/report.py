@@ -38,7 +38,7 @@ COLUMNS = (
     ("bits / value", "Bits that one cached number really occupies, scales, positions and exact parts included."),
     ("× smaller", "Bytes of the full cache divided by the method's, counted from the arrays that hold it."),
     ("MB used", "Megabytes that the context's tokens occupy."),
-    ("MB allocated", "Megabytes of all arrays, room for tokens still to come included."),
+    ("MB allocated", "Megabytes of all arrays, room for tokens still to come and those in host memory included."),
     ("perplexity", "How surprised the model is by the real text; lower is better."),
     ("KL", "How far the predictions move from the full cache's, in nats a token; 0 is identical."),
     ("top-1", "How often the most likely next token is the full cache's."),

@@ -1,6 +1,6 @@
 """KV-cache compression in JAX: exact, composable, jit-compiled parts."""
 
-from kvcomp_jax.accounting import Bytes, forecast, live_tokens, nbytes
+from kvcomp_jax.accounting import Bytes, Recalls, forecast, live_tokens, nbytes, recalls
 from kvcomp_jax.attention import AttnState, causal_attention, finalize, lse, merge, psum_merge
 from kvcomp_jax.cache import LayerCache, init, settle
 from kvcomp_jax.codecs import (
@@ -84,6 +84,7 @@ __all__ = [
     "Probes",
     "Prompt",
     "PromptCache",
+    "Recalls",
     "Recency",
     "Rehearsed",
     "Rotary",
@@ -120,5 +121,6 @@ __all__ = [
     "positions",
     "prefill",
     "psum_merge",
+    "recalls",
     "settle",
 ]

@@ -21,12 +21,26 @@ class Bytes(NamedTuple):
 
     allocated: Every array, full or empty. used: What live tokens occupy, less what they leave free of slots of fixed
     size, and all counters. metadata: The part of `used` that is neither codes nor exact values: scales, zero points,
-    positions, statistics, counters.
+    positions, statistics, counters, what indexes rank by. host: The part of `allocated` that stands in host memory.
     """
 
     allocated: int
     used: int
     metadata: int
+    host: int = 0
+
+
+class Recalls(NamedTuple):
+    """What queries of rungs with pages at hand did over all layers, rows and groups of heads since their prompts.
+
+    wanted: Pages among the best of a step, at hand or not. recalled: Those that were not, and were brought in.
+    bytes: What the latter hold, keys and values; it moves where rungs stand in host memory. A batch moves as many pages
+    for each row as for the one that misses most.
+    """
+
+    wanted: int
+    recalled: int
+    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +60,24 @@ def nbytes(caches: Any) -> Bytes:
         allocated=sum(x.nbytes for x in jax.tree.leaves(caches)),
         used=sum(used for used, _ in totals) + _staged_bytes(caches),
         metadata=sum(metadata for _, metadata in totals),
+        host=sum(_host_bytes(cache) for cache in held),
     )
+
+
+def recalls(caches: Any) -> Recalls:
+    """Count the recalls of a cache or any pytree of caches. Reads counters back from the device."""
+    total = Recalls(0, 0, 0)
+    for cache in _caches(caches):
+        _, heads, _, head_dim = cache.window.k.shape
+        for tier in cache.tiers:
+            if tier.lookup is None or tier.lookup.resident is None:
+                continue
+            resident, size = tier.lookup.resident, tier.lookup.lookup.index.page_size
+            bits = sum(codec.size(size, heads, head_dim)[0] for codec in (tier.k_codec, tier.v_codec))
+            wanted, recalled = int(np.asarray(resident.wanted).sum()), int(np.asarray(resident.recalled).sum())
+            moved = recalled * bits // 8 // resident.page.shape[1]
+            total = Recalls(total.wanted + wanted, total.recalled + recalled, total.bytes + moved)
+    return total
 
 
 def forecast(plan: CachePlan, lengths: Sequence[int], dtype: Any) -> Bytes:
@@ -55,7 +86,7 @@ def forecast(plan: CachePlan, lengths: Sequence[int], dtype: Any) -> Bytes:
     Where sizes depend on data (see `Codec.spare_bits`), `used` is an upper bound: every slot is taken to be full.
     """
     row_plans = plan.row_plans(lengths)
-    used = metadata = allocated = 0
+    used = metadata = allocated = host = 0
     layout = plan.layout
     for layer, spec in enumerate(plan.specs):
 
@@ -66,10 +97,11 @@ def forecast(plan: CachePlan, lengths: Sequence[int], dtype: Any) -> Bytes:
 
         cache = jax.eval_shape(make)
         allocated += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+        host += _host_bytes(cache)
         rows = [_after_prompt(row.specs[layer], length) for row, length in zip(row_plans, lengths, strict=True)]
         layer_used, layer_metadata = _layer_bytes(cache, _stack(rows))
         used, metadata = used + layer_used, metadata + layer_metadata
-    return Bytes(allocated=allocated, used=used, metadata=metadata)
+    return Bytes(allocated=allocated, used=used, metadata=metadata, host=host)
 
 
 def live_tokens(cache: LayerCache) -> np.ndarray:
@@ -87,6 +119,12 @@ def _caches(tree: Any) -> list[LayerCache]:
     if not found:
         raise TypeError(f"nbytes needs a LayerCache or a pytree of them, got {type(tree).__name__}.")
     return found
+
+
+def _host_bytes(cache: LayerCache) -> int:
+    """Bytes that stand in host memory, full or empty."""
+    rows = [(t.k, t.v) for t in cache.tiers if t.lookup is not None and t.lookup.lookup.memory == "host"]
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows))
 
 
 def _staged_bytes(tree: Any) -> int:
@@ -121,6 +159,7 @@ def _layer_bytes(cache: LayerCache, held: _Occupancy) -> tuple[int, int]:
             metadata += served * tokens * (4 * (tier.pos is not None) + per_token)
             if tier.lookup is not None:
                 metadata += tier.lookup.live_bytes(tokens)
+                payload += tier.lookup.copied_bytes(tokens)
         payload -= _spare_bits(cache, tier) // 8
     counters = [cache.length, cache.settled, cache.window_limit]
     counters += [x for tier in cache.tiers for x in (tier.entered, tier.limit)]

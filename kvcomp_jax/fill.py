@@ -127,6 +127,8 @@ def _fill_by_age(cache: LayerCache, prompt: Exact, settled: jax.Array, query: ja
             if order is not None:
                 k, v, index = (permute(x, order) for x in (k, v, index))
         k, v = tier.k_codec.encode(k, index), tier.v_codec.encode(v, index)
+        if lookup is not None:
+            (k, v), lookup = lookup.offload((k, v), prompt.k.shape[1], tier.capacity // lookup.lookup.index.page_size)
         count = jnp.where(tier.limit > 0, entered, 0)
         tiers.append(dataclasses.replace(tier, k=k, v=v, entered=count, lookup=lookup))
         entered = jnp.maximum(entered - tier.limit, 0)

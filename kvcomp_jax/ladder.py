@@ -15,6 +15,7 @@ from kvcomp_jax.policies import Policy, Stat
 from kvcomp_jax.retrieval import LookupState
 from kvcomp_jax.tiers import Tier, arranged
 from kvcomp_jax.types import pytree
+from kvcomp_jax.units import put, take
 
 _PARTS = ("k", "v", "pos", "stat", "head")  # of tiers and blocks: what moves with a token
 
@@ -59,6 +60,8 @@ def insert(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tuple[Ti
     if tier.lookup is not None:
         tier, block = _look_up(tier, tier.lookup, block, due)
     block = _transcode(block, tier)
+    if tier.lookup is not None and tier.lookup.lookup.memory == "host":
+        return _insert_on_host(tier, tier.lookup, block, due)
     return _insert_fifo(tier, block, due, policy) if policy.fifo else _insert_ranked(tier, block, due, policy)
 
 
@@ -117,6 +120,19 @@ def _look_up(tier: Tier, lookup: LookupState, block: Block, due: jax.Array) -> t
     return dataclasses.replace(tier, lookup=lookup), block
 
 
+def _insert_on_host(tier: Tier, lookup: LookupState, block: Block, due: jax.Array) -> tuple[Tier, Block]:
+    """Write a block to a rung in host memory. It has room for all that comes, so that nothing gives way."""
+    size, (first, stored) = lookup.lookup.index.page_size, _next_slot(tier, block, due)
+    num_new = block.pos.shape[-1]
+    page = (first // size)[:, None] + jnp.arange(num_new // size, dtype=jnp.int32)[None]
+    page = jnp.where(stored[:, None], page, -1)[:, None]
+    page = jnp.broadcast_to(page, (*block.pos.shape[:2], page.shape[-1]))
+    (k, v), lookup = lookup.store((tier.k, tier.v), page, (block.k, block.v), tier.capacity // size)
+    entered = tier.entered + jnp.where(stored, num_new, 0)
+    tier = dataclasses.replace(tier, k=k, v=v, lookup=lookup, entered=entered)
+    return tier, dataclasses.replace(block, pos=jnp.full_like(block.pos, -1))
+
+
 def _insert_ranked(tier: Tier, block: Block, due: jax.Array, policy: Policy) -> tuple[Tier, Block]:
     """Replace the units with the lowest scores, among the rung's and the block's."""
     num_units, num_new = tier.capacity // tier.unit, block.pos.shape[-1] // tier.unit
@@ -171,39 +187,6 @@ def empty_lowest(tier: Tier, score: Callable[[], jax.Array], drop: int | float) 
     units = pos.reshape(*pos.shape[:2], num_units, tier.unit)
     full = ((units >= 0).any(-1) | ~usable).all(-1, keepdims=True)
     return dataclasses.replace(tier, pos=lax.cond(full.any(), empty, lambda pos: pos, pos))
-
-
-def take(rows: Any, index: jax.Array, num_units: int) -> Any:
-    """Gather units index i32[B, K, n] of arrays [B, K, rows, ...] that hold `num_units`; out of range is clipped.
-
-    Arrays of one head, shared by all, go by the first head's index.
-    """
-
-    def one(x: jax.Array) -> jax.Array:
-        x = _by_unit(x, num_units)
-        here = index[:, : x.shape[1]]
-        where = here.reshape(*here.shape, *(1,) * (x.ndim - 3))
-        x = jnp.take_along_axis(x, where, 2, mode="clip")
-        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-    return jax.tree.map(one, rows)
-
-
-def put(rows: Any, index: jax.Array, new: Any, num_units: int) -> Any:
-    """Write units of `new` at index i32[B, K, n]; out of range is dropped. Heads as in `take`."""
-    b = jnp.arange(index.shape[0])[:, None, None]
-
-    def one(x: jax.Array, y: jax.Array) -> jax.Array:
-        h = jnp.arange(x.shape[1])[None, :, None]
-        y = _by_unit(y, index.shape[2]).astype(x.dtype)
-        return _by_unit(x, num_units).at[b, h, index[:, : x.shape[1]]].set(y, mode="drop").reshape(x.shape)
-
-    return jax.tree.map(one, rows, new)
-
-
-def _by_unit(x: jax.Array, num_units: int) -> jax.Array:
-    """[B, K, rows, ...] -> [B, K, units, rows / units, ...]."""
-    return x.reshape(*x.shape[:2], num_units, x.shape[2] // num_units, *x.shape[3:])
 
 
 def expand(mask: jax.Array, x: jax.Array) -> jax.Array:

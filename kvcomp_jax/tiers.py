@@ -14,6 +14,7 @@ from kvcomp_jax.heads import owners, side_by_side
 from kvcomp_jax.orders import Order, permute
 from kvcomp_jax.policies import Stat
 from kvcomp_jax.retrieval import LookupState
+from kvcomp_jax.retrieval.host import to_host
 from kvcomp_jax.spec import LayerSpec, Rung
 from kvcomp_jax.types import pytree, static
 from pallas_kernels.entropy_decode import entropy_decode
@@ -79,17 +80,23 @@ def init_tier(
     ranked, once = not spec.policy.fifo and keeps is None, spec.policy.ranks_once
     asked = keeps is not None and (spec.sliding_window is not None or rung.k.uses_pos or rung.v.uses_pos)
 
-    def nothing(codec: Codec) -> Encoded:
-        rows, at = jax.ShapeDtypeStruct((*slots, head_dim), dtype), jax.ShapeDtypeStruct(slots, jnp.int32)
+    def nothing(codec: Codec, tokens: int) -> Encoded:
+        shape = (batch, num_kv_heads, tokens)
+        rows, at = jax.ShapeDtypeStruct((*shape, head_dim), dtype), jax.ShapeDtypeStruct(shape, jnp.int32)
         shapes = jax.eval_shape(lambda x, pos: codec.encode(x, pos), rows, at)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     k_codec, v_codec = (codec.prepare(batch, num_kv_heads, head_dim) for codec in (rung.k, rung.v))
+    k, v, lookup = nothing(k_codec, capacity), nothing(v_codec, capacity), None
+    if rung.lookup is not None:
+        sizes = (batch, num_kv_heads, capacity, spec.block_size, head_dim)
+        lookup = rung.lookup.start(*sizes, dtype, lambda tokens: (nothing(k_codec, tokens), nothing(v_codec, tokens)))
+        k, v = (k, v) if rung.lookup.memory == "device" else to_host((k, v))
     return Tier(
         k_codec=k_codec,
         v_codec=v_codec,
-        k=nothing(k_codec),
-        v=nothing(v_codec),
+        k=k,
+        v=v,
         pos=jnp.full(slots, -1, jnp.int32) if ranked or asked else None,
         stat=spec.policy.new_stat(slots) if spec.policy.keeps_stat and ranked and not once else None,
         head=jnp.zeros(slots, jnp.uint8) if pooled > 1 else None,
@@ -103,7 +110,7 @@ def init_tier(
         order=None if spec.policy.fifo and spec.sliding_window is not None else rung.order,
         pooled=pooled,
         heads=rung.heads,
-        lookup=rung.lookup and rung.lookup.start(batch, num_kv_heads, rung.capacity, spec.block_size, head_dim, dtype),
+        lookup=lookup,
     )
 
 

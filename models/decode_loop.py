@@ -101,6 +101,6 @@ class Stepper:
         self.compile_s += seconds
         return jax.block_until_ready(state)
 
-    def run(self, state: Any) -> None:
-        """Take all steps and wait for the last."""
-        jax.block_until_ready(self._program(self._lm.params, state, jnp.int32(self.num_steps)))
+    def run(self, state: Any) -> Any:
+        """Take all steps, wait for the last, and return the loop's state, in place of the one given."""
+        return jax.block_until_ready(self._program(self._lm.params, state, jnp.int32(self.num_steps)))

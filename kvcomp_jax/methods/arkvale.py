@@ -24,6 +24,7 @@ def arkvale(
     window_pages: int = 2,
     recalls: int | None = None,
     full_layers: int = 2,
+    memory: str = "device",
 ) -> tuple[LayerSpec, ...]:
     """Keep everything, hold a budget of pages at hand that all queries read, and recall others when they rank high.
 
@@ -32,6 +33,7 @@ def arkvale(
     `n_groups` hold the same pages, by the mean of their scores. Defaults are the paper's: boxes of the mean distance,
     one group, two layers that read everything, pages of 16 up to a budget of 1024 (or as a fraction) and of 32 above,
     and the best min(1280, budget / 2) tokens' pages less sinks and closed window pages.
+    `memory` "host" keeps the pages in host memory and copies of those at hand on the device, as the paper does.
     """
     total = context.tokens(budget)
     small = total <= 1024 or isinstance(budget, float)
@@ -44,4 +46,4 @@ def arkvale(
         recalls = max(min(1280, total // 2) // size - sink_pages - (window_pages - 1), 1)
     index = Bounds(page=size, radius=radius, heads=n_groups)
     sizes = {"num_sinks": sink_pages * size, "window": (window_pages - 1) * size, "block_size": size}
-    return recalled(context, index, budget, full_layers=full_layers, recalls=recalls, **sizes)
+    return recalled(context, index, budget, full_layers=full_layers, recalls=recalls, memory=memory, **sizes)

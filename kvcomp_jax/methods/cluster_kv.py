@@ -23,6 +23,7 @@ def cluster_kv(
     window: int = 320,
     window_clusters: int = 8,
     full_layers: int = 2,
+    memory: str = "device",
     heads: str = "query",
     seed: int = 0,
 ) -> tuple[LayerSpec, ...]:
@@ -31,7 +32,8 @@ def cluster_kv(
     `budget` counts sinks and clustered tokens, as in the paper; tokens since the last `window` that was clustered are
     read on top of it. `clusters` None is one for every 80 tokens of a prompt. Defaults are the paper's: each query head
     selects for itself ("kv": the query heads of a KV head together), 20 rounds of k-means, 16 sinks, two layers that
-    read everything. Draws are seeded.
+    read everything. Draws are seeded. `memory` "host" keeps the clustered tokens in host memory and brings those that
+    a step reads; the paper's code keeps them for the next step, here they are brought again.
     """
     if clusters is not None and clusters < 1:
         raise ValueError(f"clusters={clusters} must be at least 1.")
@@ -46,4 +48,4 @@ def cluster_kv(
         seed=seed,
     )
     sizes = {"num_sinks": num_sinks, "block_size": window, "counted": 0}
-    return recalled(context, index, budget, full_layers=full_layers, **sizes)
+    return recalled(context, index, budget, full_layers=full_layers, memory=memory, **sizes)

@@ -20,6 +20,7 @@ def recalled(
     window: int = 0,
     counted: int | None = None,
     recalls: int | None = None,
+    memory: str = "device",
 ) -> tuple[LayerSpec, ...]:
     """Read `budget` tokens a step in all layers but the first `full_layers`, which read everything.
 
@@ -31,7 +32,7 @@ def recalled(
       block_size: Later tokens that enter the index together.
       num_sinks: First tokens, always read.
       window: Latest tokens, always read.
-      recalls: See `Lookup`.
+      recalls, memory: See `Lookup`.
       counted: Tokens of the budget for those that wait for their block; None is `block_size`.
 
     Raises:
@@ -53,7 +54,7 @@ def recalled(
     whole = full(context)
     if total >= context.max_len:  # all is always read
         return (whole,) * layers
-    lookup = Lookup(index, tokens, recalls)
+    lookup = Lookup(index, tokens, recalls, memory)
     rung = dataclasses.replace(exact_rung(room(context.max_len, block_size)), lookup=lookup)
     policy = Recency(num_sinks=num_sinks, num_queries=lookup.num_queries)
     spec = LayerSpec(rungs=(rung,), policy=policy, window=window, block_size=block_size)

@@ -142,7 +142,11 @@ def check_page(page_size: int, k: Codec, v: Codec, block_size: int) -> None:
         raise ValueError(f"block_size={block_size} must be a multiple of page_size={page_size}.")
 
 
+def by_head(x: jax.Array, num_kv_heads: int) -> jax.Array:
+    """Give every KV head what its group has: [B, groups, ...] -> [B, K, ...]."""
+    return jnp.repeat(x, num_kv_heads // x.shape[1], 1)
+
+
 def over_heads(selection: Selection, num_kv_heads: int) -> Selection:
     """Give every KV head the selection of its group."""
-    groups = selection.page.shape[1]
-    return jax.tree.map(lambda x: jnp.repeat(x, num_kv_heads // groups, 1), selection)
+    return jax.tree.map(lambda x: by_head(x, num_kv_heads), selection)

@@ -1,15 +1,18 @@
 """An index at work: what a rung keeps beside its rows, and what a query reads of it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kvcomp_jax.codecs import Codec
-from kvcomp_jax.retrieval.base import Index, Selection, Summary, over_heads
-from kvcomp_jax.retrieval.resident import Residents, admit, keep_best, no_residents, recall
+from kvcomp_jax.retrieval.base import Index, Selection, Summary, by_head, over_heads
+from kvcomp_jax.retrieval.host import fetch_into, store, to_host
+from kvcomp_jax.retrieval.resident import Residents, admit, keep_best, no_residents, recall, slot_of
 from kvcomp_jax.types import pytree, static
+from kvcomp_jax.units import put, take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +22,22 @@ class Lookup:
     `recalls` None: what the query ranks highest. A number: all pages at hand, `tokens` of them, into which a step
     brings the missing ones of the `recalls` best, in place of those it ranks lowest. After a prompt the best pages by
     the mean of all heads of its last query are at hand; a page that enters later is, if there is room.
+    `memory` says where the rung's rows stand: on the "device", or in "host" memory, from where what is read is brought
+    each step, or kept on the device as long as it is at hand.
     """
 
     index: Index
     tokens: int
     recalls: int | None = None
+    memory: str = "device"
 
     def __post_init__(self) -> None:
         if self.tokens < self.index.page_size:
             raise ValueError(
                 f"tokens={self.tokens} that a query reads must be at least a page of {self.index.page_size}."
             )
+        if self.memory not in ("device", "host"):
+            raise ValueError(f"memory={self.memory!r} must be 'device' or 'host'.")
         if self.recalls is not None:
             if self.recalls < 1:
                 raise ValueError(f"recalls={self.recalls} must be at least 1 page a step.")
@@ -45,6 +53,11 @@ class Lookup:
         return self.tokens // self.index.page_size
 
     @property
+    def pools(self) -> bool:
+        """Whether pages at hand are copies on the device of rows in host memory."""
+        return self.recalls is not None and self.memory == "host"
+
+    @property
     def num_queries(self) -> int:
         """Last queries of a prompt that must be known when it is stored."""
         return 0 if self.recalls is None else 1
@@ -53,6 +66,8 @@ class Lookup:
         """Raise ValueError if codecs of a rung or blocks that enter it do not suit."""
         self.index.check(k, v, block_size)
         for codec in (k, v):
+            if codec.uses_pos and self.memory == "host":
+                raise ValueError(f"memory='host' keeps no positions at hand, and {codec.name} needs them to decode.")
             if codec.joins_heads and self.index.heads != 1:
                 raise ValueError(
                     f"{codec.name} stores the heads of a token together, and heads={self.index.heads!r} read different "
@@ -60,9 +75,16 @@ class Lookup:
                 )
 
     def start(
-        self, batch: int, num_kv_heads: int, capacity: int, block_size: int, head_dim: int, dtype: Any
+        self,
+        batch: int,
+        num_kv_heads: int,
+        capacity: int,
+        block_size: int,
+        head_dim: int,
+        dtype: Any,
+        rows: Callable[[int], Any],
     ) -> "LookupState":
-        """The state of an empty rung."""
+        """The state of an empty rung; `rows` makes encodings of K and V of so many tokens."""
         groups = self.index.num_groups(num_kv_heads)
         return LookupState(
             lookup=self,
@@ -70,6 +92,7 @@ class Lookup:
             limit=jnp.full(batch, self.tokens, jnp.int32),
             recalls=None if self.recalls is None else jnp.full(batch, self.recalls, jnp.int32),
             resident=None if self.recalls is None else no_residents(batch, groups, self.num_pages),
+            pool=rows(self.num_pages * self.index.page_size) if self.pools else None,
         )
 
 
@@ -82,14 +105,21 @@ class LookupState:
     limit: jax.Array  # i32[B], tokens that a query of this row reads, <= lookup.tokens
     recalls: jax.Array | None  # i32[B], pages that a step looks whether to bring in, <= lookup.recalls
     resident: Residents | None
+    pool: Any  # encodings of K and V of the pages at hand, if these are copies
 
-    def choose(self, q: jax.Array, filled: jax.Array, real: jax.Array) -> tuple[Selection, "LookupState"]:
+    def choose(
+        self, q: jax.Array, filled: jax.Array, real: jax.Array, rows: Any, num_pages: int
+    ) -> tuple[Selection, "LookupState"]:
         """Choose what queries q f32[B, K, G, D] of one token a row read.
 
         Args:
           q: Scaled or not, in the basis of the exact keys.
           filled: i32[B], slots of the rung that hold tokens.
           real: bool[B], which rows have a query; others recall nothing.
+          rows: Encodings of K and V of the rung. num_pages: Its pages.
+
+        Returns:
+          A selection, of the pool's pages if there is one, and the state.
         """
         index = self.lookup.index
         scores = index.pooled(index.rank(q, self.summary))
@@ -98,10 +128,14 @@ class LookupState:
             return over_heads(chosen, q.shape[1]), self
         size, recalls = index.page_size, jnp.where(real, self.recalls, 0)
         sizes = (filled // size, self.limit // size, recalls)
-        resident, _, _ = recall(self.resident, scores[:, :, 0], *sizes, most=self.lookup.recalls or 0)
-        page = resident.page[:, :, None]
+        resident, new, slot = recall(self.resident, scores[:, :, 0], *sizes, most=self.lookup.recalls or 0)
+        page, pool = resident.page[:, :, None], self.pool
+        if pool is not None:
+            heads = q.shape[1]
+            pool = fetch_into(pool, rows, by_head(new, heads), by_head(slot, heads), num_pages, page.shape[-1])
+            page = jnp.where(page >= 0, jnp.arange(page.shape[-1])[None, None, None], -1)
         chosen = Selection(page=page, first=None, end=jnp.full_like(page, size))
-        return over_heads(chosen, q.shape[1]), dataclasses.replace(self, resident=resident)
+        return over_heads(chosen, q.shape[1]), dataclasses.replace(self, resident=resident, pool=pool)
 
     def from_prompt(
         self, keys: jax.Array, count: jax.Array, query: jax.Array | None
@@ -126,6 +160,26 @@ class LookupState:
             resident, _ = admit(resident, jnp.where(due[:, None], page, -1), self.limit // size)
         return dataclasses.replace(self, summary=summary, resident=resident), order
 
+    def offload(self, rows: Any, num_kv_heads: int, num_pages: int) -> tuple[Any, "LookupState"]:
+        """Bring a prompt's encodings to where the rung keeps them, and copy what is at hand."""
+        if self.lookup.memory == "device":
+            return rows, self
+        pool = self.pool
+        if self.resident is not None:
+            pool = take(rows, jnp.maximum(by_head(self.resident.page, num_kv_heads), 0), num_pages)
+        return to_host(rows), dataclasses.replace(self, pool=pool)
+
+    def store(self, rows: Any, page: jax.Array, new: Any, num_pages: int) -> tuple[Any, "LookupState"]:
+        """Write a block's encodings to pages i32[B, K, n] on the host, -1 = none, and to the pool those at hand."""
+        pool = self.pool
+        if self.resident is not None:
+            slots = self.resident.page.shape[-1]
+            at = jnp.take_along_axis(
+                by_head(slot_of(self.resident.page, num_pages), page.shape[1]), jnp.maximum(page, 0), -1
+            )
+            pool = put(pool, jnp.where((page >= 0) & (at >= 0), at, slots), new, slots)
+        return store(rows, page, new, num_pages), dataclasses.replace(self, pool=pool)
+
     def limited(self, lookups: list["Lookup | None"]) -> "LookupState":
         """This state where each row reads as much as its own lookup says; None = no less than the others."""
         own = [self.lookup if lookup is None else lookup for lookup in lookups]
@@ -146,6 +200,12 @@ class LookupState:
             )
         summary = jax.tree.map(lambda x: x.at[row].set(0), self.summary)
         return dataclasses.replace(self, summary=summary, resident=resident)
+
+    def copied_bytes(self, num_tokens: int) -> int:
+        """Bytes of one row's copies on the device, for a rung of `num_tokens` live tokens in host memory."""
+        per_row = sum(x.size // x.shape[0] * x.dtype.itemsize for x in jax.tree.leaves(self.pool))
+        size = self.lookup.index.page_size
+        return per_row * min(num_tokens // size, self.lookup.num_pages) // self.lookup.num_pages
 
     def live_bytes(self, num_tokens: int) -> int:
         """Bytes of one row for a rung of `num_tokens` live tokens."""

@@ -1,7 +1,8 @@
 """Reading a rung through its index: rank, gather what was selected, attend to that and nothing else."""
 
 import dataclasses
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ from jax import lax
 
 from kvcomp_jax.attention import AttnState, from_logits, merge, unit
 from kvcomp_jax.codecs import Affine, Identity
-from kvcomp_jax.ladder import take
 from kvcomp_jax.retrieval.base import Selection
+from kvcomp_jax.retrieval.host import fetch
 from kvcomp_jax.retrieval.lookup import LookupState
 from kvcomp_jax.tiers import READ_BLOCK, Queries, Tier, as_stored, filled_slots, logits_of, mix_of, tier_pos
+from kvcomp_jax.units import take
 from pallas_kernels.gather_decode import gather_decode
 
 
@@ -23,14 +25,14 @@ def attend_selected(queries: Queries, tier: Tier, num_sinks: int) -> tuple[AttnS
     """
     batch, heads, rows, head_dim = queries.q.shape
     state = cast(LookupState, tier.lookup)
-    num_tokens = rows // queries.groups
+    num_tokens, page_size = rows // queries.groups, state.lookup.index.page_size
     by_token = queries.q.reshape(batch, heads, queries.groups, num_tokens, head_dim)
     real = jnp.ones((batch, rows), bool) if queries.real is None else queries.real
 
     def step(state: LookupState, x: tuple[jax.Array, jax.Array]) -> tuple[LookupState, AttnState]:
         q, real = x  # [B, K, G, D], [B]
-        chosen, state = state.choose(q, filled_slots(tier), real)
-        return state, _attend(dataclasses.replace(queries, q=q), tier, num_sinks, chosen)
+        chosen, state = state.choose(q, filled_slots(tier), real, (tier.k, tier.v), tier.capacity // page_size)
+        return state, _attend(dataclasses.replace(queries, q=q), _at_hand(tier, state), num_sinks, chosen)
 
     if num_tokens == 1:
         state, out = step(state, (by_token[:, :, :, 0], real[:, 0]))
@@ -40,20 +42,24 @@ def attend_selected(queries: Queries, tier: Tier, num_sinks: int) -> tuple[AttnS
     return joined, dataclasses.replace(tier, lookup=state)
 
 
+def _at_hand(tier: Tier, state: LookupState) -> Tier:
+    """A tier of the copies at hand, where there are some."""
+    if state.pool is None:
+        return tier
+    capacity = state.lookup.num_pages * state.lookup.index.page_size
+    whole = jnp.full_like(tier.entered, capacity)
+    k, v = state.pool
+    return dataclasses.replace(tier, k=k, v=v, capacity=capacity, entered=whole, limit=whole)
+
+
 def _attend(queries: Queries, tier: Tier, num_sinks: int, chosen: Selection) -> AttnState:
     """Attend from q [B, K, G, D] to a selection, in the bases that the rows are stored in."""
     stored = as_stored(tier)
     entered = dataclasses.replace(queries, q=tier.k_codec.enter(queries.q))
-    if chosen.page.shape[2] == 1:
-        state = _attend_pages(entered, stored, num_sinks, jax.tree.map(lambda x: x[:, :, 0], chosen))
+    if chosen.first is None and fused(tier) and not _read_from_host(tier):
+        state = _attend_fused(entered, stored, chosen.page)
     else:
-
-        def one(x: tuple[jax.Array, Selection]) -> AttnState:
-            q, mine = x  # [B, K, D], [B, K, n]
-            return _attend_pages(dataclasses.replace(entered, q=q[:, :, None]), stored, num_sinks, mine)
-
-        each = lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (entered.q, chosen)))
-        state = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, 0], 0, 2), each)
+        state = _attend_gathered(entered, stored, num_sinks, chosen)
     return dataclasses.replace(state, acc=tier.v_codec.leave(state.acc))
 
 
@@ -63,14 +69,13 @@ def fused(tier: Tier) -> bool:
     return not any(codec.uses_pos for codec in codecs) and all(isinstance(c, Identity | Affine) for c in codecs)
 
 
-def _attend_pages(queries: Queries, tier: Tier, num_sinks: int, chosen: Selection) -> AttnState:
-    """Attend from q [B, K, R, D] to pages i32[B, K, n]."""
-    if chosen.first is None and fused(tier):
-        return _attend_fused(queries, tier, chosen)
-    return _attend_gathered(queries, tier, num_sinks, chosen)
+def _read_from_host(tier: Tier) -> bool:
+    lookup = cast(LookupState, tier.lookup)
+    return lookup.lookup.memory == "host" and lookup.pool is None
 
 
-def _attend_fused(queries: Queries, tier: Tier, chosen: Selection) -> AttnState:
+def _attend_fused(queries: Queries, tier: Tier, page: jax.Array) -> AttnState:
+    """Attend from q [B, K, G, D] to whole pages i32[B, K, G or 1, n] where they stand."""
     head_dim, size = queries.q.shape[-1], cast(LookupState, tier.lookup).lookup.index.page_size
     num_pages = tier.capacity // size
 
@@ -83,40 +88,58 @@ def _attend_fused(queries: Queries, tier: Tier, chosen: Selection) -> AttnState:
     v, v_format = operand(tier.v_codec, tier.v)
     length = jnp.clip(filled_slots(tier)[:, None] - jnp.arange(num_pages)[None] * size, 0, size)[:, None]
     options = {"k_format": k_format, "v_format": v_format, "soft_cap": queries.soft_cap}
-    acc, top, total = gather_decode(queries.q, k, v, chosen.page, length, **options)
-    return AttnState(acc=acc, max=top, sum=total)
+
+    def attend(x: tuple[jax.Array, jax.Array]) -> AttnState:
+        q, page = x  # [B, K, R, D], [B, K, n]
+        acc, top, total = gather_decode(q, k, v, page, length, **options)
+        return AttnState(acc=acc, max=top, sum=total)
+
+    if page.shape[2] == 1:
+        return attend((queries.q, page[:, :, 0]))
+    each = lax.map(attend, (jnp.moveaxis(queries.q, 2, 0)[:, :, :, None], jnp.moveaxis(page, 2, 0)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, 0], 0, 2), each)
 
 
 def _attend_gathered(queries: Queries, tier: Tier, num_sinks: int, chosen: Selection) -> AttnState:
-    """Gather encoded pages, some at a time, and contract them by `dot` and `mix`."""
+    """Gather encoded pages, some at a time, and contract them by `dot` and `mix`.
+
+    Query heads with a selection each are read side by side, as if each were of a KV head of its own.
+    """
+    shape, (lists, num_found) = queries.q.shape, chosen.page.shape[2:]
     size = cast(LookupState, tier.lookup).lookup.index.page_size
-    num_found, num_pages = chosen.page.shape[-1], tier.capacity // size
-    at_once = min(max(READ_BLOCK // size, 1), num_found)
-    uses_pos = tier.k_codec.uses_pos or tier.v_codec.uses_pos
-    rest = -num_found % at_once
-    padded = dataclasses.replace(
-        jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, rest))), chosen),
-        page=jnp.pad(chosen.page, ((0, 0), (0, 0), (0, rest)), constant_values=-1),
-    )
+    num_pages, num_blocks = tier.capacity // size, -(-num_found // max(READ_BLOCK // size, 1))
+    at_once = -(-num_found // num_blocks)
+    k_codec, v_codec = jax.tree.map(lambda x: jnp.repeat(x, lists, 1), (tier.k_codec, tier.v_codec))
+    queries = dataclasses.replace(queries, q=queries.q.reshape(shape[0], shape[1] * lists, -1, shape[3]))
+
+    def gather(bring: Callable[..., Any], rows: Any, page: jax.Array) -> Any:
+        """Pages i32[B, K, G, n] of rows [B, K, S, ...] as [B, K * G, n * page_size, ...]."""
+        found = bring(rows, jnp.maximum(page, 0).reshape(*page.shape[:2], -1), num_pages)
+        return jax.tree.map(lambda x: x.reshape(x.shape[0], x.shape[1] * lists, -1, *x.shape[3:]), found)
 
     def block(mine: Selection) -> AttnState:
-        page = jnp.maximum(mine.page, 0)
-        k, v = take((tier.k, tier.v), page, num_pages)
-        slot = jnp.arange(size, dtype=jnp.int32)[None, None, None]
+        k, v = gather(fetch if _read_from_host(tier) else take, (tier.k, tier.v), mine.page)
+        slot = jnp.arange(size, dtype=jnp.int32)[None, None, None, None]
         live = (slot < mine.end[..., None]) & (mine.page >= 0)[..., None]
         if mine.first is not None:
             live = live & (slot >= mine.first[..., None])
-        pos = jnp.zeros((*page.shape[:2], page.shape[2] * size), jnp.int32)
-        if uses_pos:
-            pos = take(jnp.broadcast_to(tier_pos(tier, num_sinks), (*page.shape[:2], tier.capacity)), page, num_pages)
-        logits = logits_of(queries, tier.k_codec, k, pos)
-        live = live.reshape(*live.shape[:2], 1, -1)
-        return from_logits(logits, live, mix_of(tier.v_codec, v, pos))[0]
+        live = live.reshape(*queries.q.shape[:2], 1, -1)
+        pos = jnp.zeros((*live.shape[:2], live.shape[3]), jnp.int32)
+        if k_codec.uses_pos or v_codec.uses_pos:
+            every = jnp.broadcast_to(tier_pos(tier, num_sinks), (*shape[:2], tier.capacity))
+            pos = gather(take, every, mine.page)
+        return from_logits(logits_of(queries, k_codec, k, pos), live, mix_of(v_codec, v, pos))[0]
 
     def body(i: jax.Array, state: AttnState) -> AttnState:
-        cut = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * at_once, at_once, 2), padded)
+        cut = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * at_once, at_once, 3), padded)
         return merge(state, block(cut))
 
-    if num_found == at_once:
-        return block(chosen)
-    return lax.fori_loop(0, (num_found + rest) // at_once, body, unit(queries.q.shape))
+    if num_blocks == 1:
+        state = block(chosen)
+    else:
+        rest = ((0, 0), (0, 0), (0, 0), (0, num_blocks * at_once - num_found))
+        padded = dataclasses.replace(
+            jax.tree.map(lambda x: jnp.pad(x, rest), chosen), page=jnp.pad(chosen.page, rest, constant_values=-1)
+        )
+        state = lax.fori_loop(0, num_blocks, body, unit(queries.q.shape))
+    return jax.tree.map(lambda x: x.reshape(*shape[:3], *x.shape[3:]), state)

@@ -118,6 +118,21 @@ def test_a_row_that_saves_nothing_says_so(model_folder, text_file, tmp_path, cap
 
 
 @pytest.mark.slow
+def test_recall_from_host_memory_is_reported(model_folder, text_file, tmp_path, capsys):
+    method = "arkvale:budget=40,page_size=8,recalls=2,full_layers=1,memory=host"
+    assert run(compare.Config, compare.main, arguments(model_folder, text_file, tmp_path, f"full;{method}")) == 0
+    full, row = tiny.read_results(tmp_path)["rows"]
+    assert full["bytes_host"] == 0
+    assert "recall_hit_rate" not in full
+    page, layers, pages = 2 * 2 * 8 * 16 * 4, 2, 96 // 8 + 1  # k and v, heads, tokens, head_dim, float32
+    assert 0 <= row["recall_hit_rate"] < 1
+    assert row["recall_bytes_per_step"] == pytest.approx((1 - row["recall_hit_rate"]) * 2 * layers * page)
+    assert abs(row["bytes_host"] - layers * pages * page) <= layers * page
+    assert "MB of it on the host; " in row["note"]
+    assert "recalled a step" in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_finished_rows(model_folder, text_file, tmp_path):
     args = [sys.executable, "-m", "experiments.compare", *arguments(model_folder, text_file, tmp_path)]
     file = tmp_path / "results.json"

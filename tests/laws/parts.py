@@ -168,6 +168,8 @@ METHODS = [
     CLUSTER_KV,
     "cluster_kv:budget=0.5,num_sinks=2,window=16,window_clusters=3,heads=kv,full_layers=0+fp8",
     ARKVALE,
+    ARKVALE + ",memory=host",
+    CLUSTER_KV + ",memory=host",
     "arkvale:budget=0.5,page_size=8,n_groups=2,full_layers=0+int8",
 ]
 

@@ -246,3 +246,69 @@ def test_recalls_need_pages_that_heads_share_and_the_last_query():
     rung = kvc.Rung(kvc.Identity(), kvc.Identity(), 64, lookup=kvc.Lookup(kvc.Bounds(heads=1), 32, recalls=1))
     with pytest.raises(ValueError, match=r"needs Recency\(num_queries=1\)"):
         kvc.LayerSpec(rungs=(rung,), block_size=16)
+
+
+def pooled_rows(cache):
+    """Copies on the device and what they are copies of: (slots, keys in slots, keys of those pages on the host)."""
+    tier = cache.tiers[0]
+    page = np.asarray(tier.lookup.resident.page)[0, 0]
+    pools = [np.asarray(x)[0].reshape(2, SLOTS, PAGE, -1) for x in tier.lookup.pool]
+    rows = [np.asarray(x)[0].reshape(2, tier.capacity // PAGE, PAGE, -1) for x in (tier.k, tier.v)]
+    return page, pools, [x[:, np.maximum(page, 0)] for x in rows]
+
+
+def test_host_memory_changes_no_output_and_copies_are_bitwise_what_stands_there():
+    (q, k, v), resident = filled(TEXT, PROMPT, STEPS)
+    _, cache = filled(TEXT + ",memory=host", PROMPT, STEPS)
+    more = [x[:, PROMPT:] for x in (q, k, v)]
+    expected, caches = stream(resident, *more)
+    outs, offloaded = stream(cache, *more)
+    np.testing.assert_allclose(outs, expected, atol=1e-6)
+    for a, b in zip(caches, offloaded, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a.tiers[0].lookup.resident, b.tiers[0].lookup.resident)
+    for held in (cache, *offloaded[::7], offloaded[-1]):
+        _, pools, rows = pooled_rows(held)
+        jax.tree.map(np.testing.assert_array_equal, pools, rows)
+        kept = int(held.tiers[0].entered[0])  # every page that closed stands on the host, at hand or not
+        np.testing.assert_array_equal(held.tiers[0].k[:, :, :kept], k[:, PAGE : PAGE + kept].swapaxes(1, 2))
+    moved = kvc.recalls(offloaded[-1])
+    assert moved == kvc.recalls(caches[-1])
+    assert moved.wanted == RECALLS * STEPS
+    assert 0 < moved.recalled < moved.wanted
+    assert moved.bytes == moved.recalled * 2 * 2 * PAGE * 64 * 4  # k and v, heads
+
+
+def test_rows_stand_in_pinned_host_memory_and_are_reported_apart():
+    (q, k, v), cache = filled(TEXT + ",memory=host", PROMPT, STEPS)
+    step = jax.jit(lambda c, *x: kvc.settle(kvc.decode(c, *x)[1]), donate_argnums=0)
+    for t in range(PROMPT, PROMPT + 10):
+        cache = step(cache, *(x[:, t : t + 1] for x in (q, k, v)))
+    tier = cache.tiers[0]
+    assert {x.sharding.memory_kind for x in (tier.k, tier.v)} == {"pinned_host"}
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves((cache.window, tier.lookup))}
+    assert kinds == {jax.devices()[0].default_memory().kind}
+    moved = jax.jit(lambda c, one: kvc.free_row(kvc.insert_row(c, 0, one), 0))(cache, cache).tiers[0]
+    assert {x.sharding.memory_kind for x in (moved.k, moved.v)} == {"pinned_host"}
+    held, plain = kvc.nbytes(cache), kvc.nbytes(filled(TEXT, PROMPT, STEPS)[1])
+    assert held.host == 2 * 2 * tier.capacity * 64 * 4
+    assert held.allocated == plain.allocated + 2 * 2 * SLOTS * PAGE * 64 * 4
+    assert plain.host == 0
+
+
+@pytest.mark.slow
+def test_decode_loops_with_rows_on_the_host():
+    (q, k, v), cache = filled(TEXT + ",memory=host", 128, 8)
+    more = [x[:, 128:] for x in (q, k, v)]
+    single, _ = decode_many(cache, *more)
+
+    @jax.jit
+    def loop(cache):
+        def body(t, state):
+            cache, outs = state
+            out, cache = kvc.decode(cache, *(jax.lax.dynamic_slice_in_dim(x, t, 1, 1) for x in more))
+            return cache, jax.lax.dynamic_update_slice_in_dim(outs, out, t, 1)
+
+        return jax.lax.fori_loop(0, 8, body, (cache, jnp.zeros_like(more[0])))[1]
+
+    np.testing.assert_allclose(loop(cache), single, atol=1e-6)
+    np.testing.assert_allclose(decode(cache, *more)[0], single, atol=1e-6)

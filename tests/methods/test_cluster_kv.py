@@ -234,3 +234,13 @@ def test_impossible_options_are_refused(text, words):
     layout = kvc.Layout(num_layers=4, num_kv_heads=2, head_dim=64)
     with pytest.raises(ValueError, match=words):
         kvc.parse(text).plan(layout, max_len=2048)
+
+
+@pytest.mark.parametrize("store", ["", pytest.param("+int8", marks=pytest.mark.slow)])
+def test_host_memory_changes_no_output(store):
+    (q, k, v), resident = filled(TEXT + store, PROMPT, 20)
+    _, cache = filled(TEXT + ",memory=host" + store, PROMPT, 20)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves((cache.tiers[0].k, cache.tiers[0].v))} == {"pinned_host"}
+    more = [x[:, PROMPT:] for x in (q, k, v)]
+    expected, outs = (stream(c, *more)[0] for c in (resident, cache))
+    np.testing.assert_allclose(outs, expected, atol=1e-6)
