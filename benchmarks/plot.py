@@ -14,7 +14,7 @@ def roofline(content: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps = content.get("decode_steps", [])
+    steps = [row for row in content.get("decode_steps", []) if "median_s" in row]
     figure, panels = plt.subplots(1, 2 if steps else 1, figsize=(13 if steps else 8, 5.5), layout="constrained",
                                   squeeze=False, width_ratios=[3, 2] if steps else None)  # fmt: skip
     _attention(panels[0, 0], content, plt.get_cmap("tab20"))
@@ -54,4 +54,6 @@ def _steps(axes: Any, steps: list[dict[str, Any]]) -> None:
     bars = axes.barh(names, middle, xerr=spread, color="tab:blue", height=0.6, capsize=3)
     axes.bar_label(bars, [f" {middle[0] / m:.2f}×" for m in middle], label_type="center", color="white")
     axes.invert_yaxis()
-    axes.set(xlabel="ms a token (lower is better)", title=f"{steps[0]['model']}, {steps[0]['context']:,} tokens")
+    rows = f"{steps[0]['batch']} rows of " if steps[0]["batch"] > 1 else ""
+    title = f"{steps[0]['model']}, {rows}{steps[0]['context']:,} tokens"
+    axes.set(xlabel="ms a step (lower is better)", title=title)
