@@ -1,4 +1,4 @@
-"""Plots of a result file: attention against the memory's speed, and decode steps of a model."""
+"""Plots of result files: attention against the memory's speed, decode steps of a model, predictions for TPUs."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -23,6 +23,35 @@ def roofline(content: dict[str, Any], path: Path) -> None:
     rehearsal = " (rehearsal)" if content.get("rehearsal") else ""
     cores = f", {content['cores']} cores" if "cores" in content else ""
     figure.suptitle(f"{content['device']}{cores}, JAX {content['versions']['jax']}{rehearsal}")
+    figure.savefig(path, dpi=130)
+
+
+def tpu_roofline(content: dict[str, Any], path: Path) -> None:
+    """Draw which share of each chip's bandwidth the bundles of each kernel leave, by operation and case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in content["rows"] if "head_dim-64" not in row["case"]]
+    cases = {name: list(dict.fromkeys(row["case"] for row in rows if row["operation"] == name))
+             for name in dict.fromkeys(row["operation"] for row in rows)}  # fmt: skip
+    figure, panels = plt.subplots(len(cases), 1, figsize=(9, 1.2 + 0.36 * sum(map(len, cases.values()))), sharex=True,
+                                  layout="constrained", squeeze=False,
+                                  height_ratios=[len(found) + 0.6 for found in cases.values()])  # fmt: skip
+    for axes, (operation, names) in zip(panels[:, 0], cases.items(), strict=True):
+        for i, chip in enumerate(content["chips"]):
+            share = {row["case"]: 100 * row["share_of_bandwidth"] for row in rows
+                     if (row["operation"], row["chip"]) == (operation, chip)}  # fmt: skip
+            places = [n + 0.38 * (i - 0.5 * (len(content["chips"]) - 1)) for n in range(len(names))]
+            bars = axes.barh(places, [share.get(name, 0.0) for name in names], height=0.36, label=chip)
+            axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=7)
+        axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 108), title=operation)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+    panels[0, 0].legend(loc="lower right")
+    panels[-1, 0].set(xlabel="bandwidth that the schedule allows, % (predicted, not measured)")
+    figure.suptitle(f"Decode attention on TPUs, compiled ahead of time, JAX {content['meta']['versions']['jax']}")
     figure.savefig(path, dpi=130)
 
 
