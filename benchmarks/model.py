@@ -54,7 +54,9 @@ def main(options: Options) -> None:
     if options.prompt:
         measure_prompts(record, lm, options.methods, options.prompt, max(2, options.rounds // 3))
     if options.context:
-        measure_steps(record, lm, options.methods, options.context, options.rounds)
+        measure_steps(
+            record, lm, options.methods, model=options.model, batch=1, context=options.context, rounds=options.rounds
+        )
     record.content["complete"] = record.left() > 0
     record.save()
     whole_model(record.content, options.out.with_suffix(".png"))

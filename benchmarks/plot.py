@@ -1,4 +1,4 @@
-"""Plots of a result file: attention against the memory's speed, prompts and decode steps of a model."""
+"""Plots of result files: attention against the memory's speed, prompts and decode steps of models, TPU predictions."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -14,7 +14,7 @@ def roofline(content: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps = content.get("decode_steps", [])
+    steps = [row for row in content.get("decode_steps", []) if "median_s" in row]
     figure, panels = plt.subplots(1, 2 if steps else 1, figsize=(13 if steps else 8, 5.5), layout="constrained",
                                   squeeze=False, width_ratios=[3, 2] if steps else None)  # fmt: skip
     _attention(panels[0, 0], content, plt.get_cmap("tab20"))
@@ -33,7 +33,8 @@ def whole_model(content: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps, prompts = content.get("decode_steps", []), content.get("prompts", [])
+    steps = [row for row in content.get("decode_steps", []) if "median_s" in row]
+    prompts = content.get("prompts", [])
     height = 1.2 + 0.32 * max(len(steps), len(prompts))
     figure, panels = plt.subplots(1, bool(steps) + bool(prompts), figsize=(13, height), layout="constrained",
                                   squeeze=False)  # fmt: skip
@@ -42,6 +43,35 @@ def whole_model(content: dict[str, Any], path: Path) -> None:
     if prompts:
         _prompts(panels[0, -1], prompts)
     figure.suptitle(f"{content['device']}, {content['cores']} cores, JAX {content['versions']['jax']}")
+    figure.savefig(path, dpi=130)
+
+
+def tpu_roofline(content: dict[str, Any], path: Path) -> None:
+    """Draw which share of each chip's bandwidth the bundles of each kernel leave, by operation and case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in content["rows"] if "head_dim-64" not in row["case"]]
+    cases = {name: list(dict.fromkeys(row["case"] for row in rows if row["operation"] == name))
+             for name in dict.fromkeys(row["operation"] for row in rows)}  # fmt: skip
+    figure, panels = plt.subplots(len(cases), 1, figsize=(9, 1.2 + 0.36 * sum(map(len, cases.values()))), sharex=True,
+                                  layout="constrained", squeeze=False,
+                                  height_ratios=[len(found) + 0.6 for found in cases.values()])  # fmt: skip
+    for axes, (operation, names) in zip(panels[:, 0], cases.items(), strict=True):
+        for i, chip in enumerate(content["chips"]):
+            share = {row["case"]: 100 * row["share_of_bandwidth"] for row in rows
+                     if (row["operation"], row["chip"]) == (operation, chip)}  # fmt: skip
+            places = [n + 0.38 * (i - 0.5 * (len(content["chips"]) - 1)) for n in range(len(names))]
+            bars = axes.barh(places, [share.get(name, 0.0) for name in names], height=0.36, label=chip)
+            axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=7)
+        axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 108), title=operation)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+    panels[0, 0].legend(loc="lower right")
+    panels[-1, 0].set(xlabel="bandwidth that the schedule allows, % (predicted, not measured)")
+    figure.suptitle(f"Decode attention on TPUs, compiled ahead of time, JAX {content['meta']['versions']['jax']}")
     figure.savefig(path, dpi=130)
 
 
@@ -68,7 +98,9 @@ def _attention(axes: Any, content: dict[str, Any], colours: Any) -> None:
 def _steps(axes: Any, steps: list[dict[str, Any]]) -> None:
     bars, middle = _bars(axes, steps, 1e3)
     axes.bar_label(bars, [f" {middle[0] / m:.2f}×" for m in middle], label_type="center", color="white")
-    axes.set(xlabel="ms a token (lower is better)", title=f"Decoding on {steps[0]['context']:,} tokens")
+    rows = f"{steps[0]['batch']} rows of " if steps[0]["batch"] > 1 else ""
+    title = f"{steps[0]['model']}, {rows}{steps[0]['context']:,} tokens"
+    axes.set(xlabel="ms a step (lower is better)", title=title)
 
 
 def _prompts(axes: Any, prompts: list[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ A backend that cannot take a call raises `Unsupported` with the reason while it 
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import os
@@ -121,7 +122,7 @@ def call(
             continue
         more = {"interpret": interpret} if backend in _INTERPRETED else {}
         try:
-            result = _load(operation, backend, function)(*args, **options, **more)
+            result = _traced_once(_load(operation, backend, function), args, {**options, **more})
         except Unsupported as reason:
             if implementation is not None:
                 raise
@@ -131,6 +132,20 @@ def call(
             log.append(Choice(operation, backend, tuple(reasons)))
         return result
     raise AssertionError(f"{operation} has no reference.")
+
+
+def _traced_once(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Call a backend so that calls that are alike, one a layer, are traced and lowered once in a program."""
+    leaves, tree = jax.tree.flatten(args)
+    arrays = [x if isinstance(x, jax.Array) else None for x in leaves]
+    static = tuple(None if isinstance(x, jax.Array) else x for x in leaves)
+    return _run(function, tree, static, tuple(sorted(options.items())), arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(function: Callable[..., Any], tree: Any, static: tuple, options: tuple, arrays: list) -> Any:
+    leaves = [still if x is None else x for x, still in zip(arrays, static, strict=True)]
+    return function(*jax.tree.unflatten(tree, leaves), **dict(options))
 
 
 def _environment() -> tuple[str, ...]:

@@ -76,7 +76,7 @@ def programs(device: Device, layers: int = 0) -> list[Program]:
                 ]
     for name, (config, batch, context) in STEPS.items():
         for method in METHODS:
-            make = functools.partial(_step, _cut(config, layers), method, batch, context)
+            make = functools.partial(_step, cut(config, layers), method, batch, context)
             found.append(Program(f"decode step / {name}", method, make, kernels=method != "full"))
     return found
 
@@ -94,7 +94,8 @@ def _call(operation: str, backend: str, case: Any) -> tuple[Any, tuple]:
     return jax.jit(call), tuple(x for array, x in zip(arrays, shapes, strict=True) if array)
 
 
-def _cut(config: ModelConfig, layers: int) -> ModelConfig:
+def cut(config: ModelConfig, layers: int) -> ModelConfig:
+    """The first `layers` layers of a model; 0 = all."""
     num_layers = min(layers or config.num_layers, config.num_layers)
     windows = config.sliding_windows[:num_layers]
     return dataclasses.replace(config, num_layers=num_layers, ropes=config.ropes[:num_layers], sliding_windows=windows)

@@ -16,7 +16,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch, the ba
 import jax
 
 from benchmarks import attention, timing
-from benchmarks.gpu import correct, quantize
+from benchmarks.gpu import correct, quantize, steps
 from benchmarks.plot import roofline
 from benchmarks.record import Record
 
@@ -46,6 +46,8 @@ def main() -> int:
         attention.measure(record, shape, backends, options.rounds, distinct)
         if number == 0 and record.left() > 0:
             quantize.measure(record, backends, (1, 2, 256, 64) if tiny else (8, 8, 32768, 128), options.rounds)
+        if number == 0:
+            steps.measure(record, options.layers, options.rounds, options.workers, tiny=tiny)
     reached = all(row["outcome"] != "not reached" for row in record.content["correctness"])
     record.content["complete"] = reached and "cut" not in record.content
     record.save()
@@ -65,6 +67,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--deadline", type=float, default=460.0, help="seconds after which no new step starts")
     parser.add_argument("--rounds", type=int, default=30, help="interleaved repetitions")
     parser.add_argument("--workers", type=int, default=8, help="threads that compile cases")
+    parser.add_argument("--layers", type=int, default=32, help="of the Llama-3-8B that takes decode steps; 0 = none")
     parser.add_argument("--backends", type=lambda s: tuple(s.split(",")), default=_KERNELS, help="comma-separated")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, plain JAX, any platform")
     return parser.parse_args()

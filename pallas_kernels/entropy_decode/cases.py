@@ -29,12 +29,13 @@ class Side:
     block: int = 64
     spread: float = 3.0  # standard deviation of codes
     room: float = 3.5  # bits of a value that a slot of a serving shape has room for
+    pack: int = 16  # tokens of a pack of planes
 
     def format(self, head_dim: int) -> RowFormat:
         """The format of rows of `head_dim`."""
         bits = (self.num_levels - 1).bit_length()
         if self.storage == "planes":
-            return PlaneFormat(self.block, head_dim, 16, bits)
+            return PlaneFormat(self.block, head_dim, self.pack, bits)
         return StreamFormat(self.block, head_dim, self.storage, max(8, bits + 2), bits)  # type: ignore[arg-type]
 
     def draw(self, rng: np.random.Generator, shape: tuple[int, int, int, int]) -> tuple:
@@ -67,7 +68,7 @@ class Side:
             return jax.ShapeDtypeStruct((*units, n), jnp.dtype(dtype))
 
         if isinstance(fmt, PlaneFormat):
-            stored = array(int(self.room * fmt.num_packs), "uint16"), array(fmt.head_bytes, "uint8")
+            stored = array(int(self.room * fmt.num_packs), f"uint{self.pack}"), array(fmt.head_bytes, "uint8")
             return Planes(*stored, scale, scale), None
         lengths = jax.ShapeDtypeStruct((*heads, 3, self.num_levels), jnp.uint8)
         stored = array(int(self.room * values) // 32, "uint32"), array(fmt.num_streams, "uint8")
@@ -156,6 +157,7 @@ CASES = {
         for scales in ("token", "channel", "groups")
     },
     "planes-head_dim-80": Case(PACKED, PACKED, head_dim=80),
+    **{f"planes-of-{n}-tokens": Case(*[dataclasses.replace(PACKED, pack=n)] * 2, num_kv_heads=1) for n in (8, 32)},
     **{f"rows-{r}": Case(rows=r, num_kv_heads=1) for r in (1, 7, 16, 40)},
     "blocks-of-two-sizes": Case(Side("token", "block"), Side("channel", "token", block=128)),
     "lengths": Case(num_kv_heads=1, num_slots=1024, length=(0, 1, 64, 511, 512, 513, 1024)),
