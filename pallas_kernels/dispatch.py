@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 BACKENDS = ("reference", "blocked", "cpu", "tpu", "hopper", "gpu")
 _ORDER = {"cpu": ("cpu", "blocked", "reference"), "tpu": ("tpu", "blocked", "reference"),
@@ -137,8 +138,8 @@ def call(
 def _traced_once(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """Call a backend so that calls that are alike, one a layer, are traced and lowered once in a program."""
     leaves, tree = jax.tree.flatten(args)
-    arrays = [x if isinstance(x, jax.Array) else None for x in leaves]
-    static = tuple(None if isinstance(x, jax.Array) else x for x in leaves)
+    arrays = [x if isinstance(x, jax.Array | np.ndarray) else None for x in leaves]
+    static = tuple(None if isinstance(x, jax.Array | np.ndarray) else x for x in leaves)
     return _run(function, tree, static, tuple(sorted(options.items())), arrays)
 
 

@@ -1,6 +1,7 @@
 """Calls of kernels from a program."""
 
 import jax
+import numpy as np
 
 from pallas_kernels.quantized_decode import quantized_decode, reference
 from pallas_kernels.quantized_decode.cases import CASES
@@ -23,3 +24,11 @@ def test_calls_that_are_alike_are_traced_once_in_a_program(monkeypatch):
 
     jax.jit(layers).lower(args[0])
     assert len(traced) == 1
+
+
+def test_numpy_arrays_are_operands_too():
+    args, options = next(iter(CASES.values())).arguments()
+    expected = quantized_decode(*args, **options, implementation="reference")
+    got = quantized_decode(*jax.tree.map(np.asarray, args), **options, implementation="reference")
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
