@@ -26,6 +26,7 @@ def errors(codec, seeds):
     return np.array(found, np.float64)
 
 
+@pytest.mark.slow
 def test_levels_alone_shrink_products_and_the_sketch_undoes_it():
     plain = errors(ONE_BIT, 1).mean()
     assert plain == pytest.approx(2 / np.pi - 1, abs=0.03)  # the bias of one bit

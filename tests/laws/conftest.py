@@ -1,4 +1,4 @@
-"""Laws of the methods in FORMS are quick tests; others differ from one of them in their codecs alone and are slow."""
+"""Laws of the methods in FORMS are quick tests; others, which differ in codecs or options, are slow."""
 
 import pytest
 

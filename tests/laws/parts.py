@@ -173,18 +173,15 @@ METHODS = [
     "arkvale:budget=0.5,page_size=8,n_groups=2,full_layers=0+int8",
 ]
 
-# One of each form of ladder, policy and contract of a codec; the others differ from one of these in their codecs alone,
-# and their laws are slow tests.
+# One of each form of ladder, policy and contract of a codec; the others differ from one of these in codecs and options
+# alone, and their laws are slow tests.
 FORMS = {
     "full:block_size=16",
     "int4:block_size=16,window=8,num_sinks=3",
     "kivi:bits=2,residual=32",
     "hack:group_size=32,num_sinks=2",
     "streaming_llm:budget=40",
-    "streaming_llm:budget=0.5",
     "h2o:budget=0.5,num_sinks=2",
-    "h2o:budget=64,block_size=4",
-    "h2o:budget=90+int4",
     KVQUANT_3,
     "zipcache:block_size=40",
     "snapkv:budget=120,window=16+kivi:bits=4",

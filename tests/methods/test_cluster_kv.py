@@ -127,6 +127,7 @@ def test_first_two_layers_are_exact():
     assert specs[0] == kvc.parse("full").plan(layout, max_len=512).specs[0]
 
 
+@pytest.mark.slow
 def test_clusters_of_a_window_leave_earlier_ones_as_they_are():
     (q, k, v), cache = filled(TEXT, PROMPT, STEPS)
     _, caches = stream(cache, *(x[:, PROMPT:] for x in (q, k, v)))

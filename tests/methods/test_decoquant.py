@@ -137,6 +137,7 @@ def test_bytes_of_the_papers_example(options, bits):
     assert 8 * stored / (2 * heads * dim * tokens) == pytest.approx(bits, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_what_waits_for_its_block_is_exact():
     """The prompt's remainder and decoded tokens, bit for bit; then a block of them is factored at once."""
     q, k, v = qkv(9, 2, 150)

@@ -186,7 +186,7 @@ def test_noise_depends_on_the_seed_and_differs_between_keys_and_values():
     assert all((a != b).mean() > 0.3 for i, a in enumerate(token) for b in token[:i])
 
 
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_decode_step_reads_codes_through_the_fused_operation(groups):
     q, k, v = qkv(10, 2, 150, heads=(2 * groups, 2))
     cache = make("hack:group_size=32", batch=2, num_kv_heads=2, max_len=160)

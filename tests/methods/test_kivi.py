@@ -124,7 +124,11 @@ def test_a_stream_and_a_prompt_leave_identical_codes(bits, group_size):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "without", "rtol"), [("float32", "cpu", 1e-5), ("float32", "", 1e-4), ("bfloat16", "", 1e-3)]
+    ("dtype", "without", "rtol"),
+    [
+        ("float32", "cpu", 1e-5),
+        *(pytest.param(x, "", rtol, marks=pytest.mark.slow) for x, rtol in (("float32", 1e-4), ("bfloat16", 1e-3))),
+    ],
 )
 def test_the_fused_read_equals_attention_over_decoded_rows(dtype, without, rtol, monkeypatch):
     """The compiled CPU kernel rounds queries and probabilities to 16 bits; plain JAX does not."""

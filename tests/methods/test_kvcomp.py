@@ -110,7 +110,7 @@ def test_mean_code_length_is_close_to_the_entropy(axis, rel_scale):
     assert entropy <= mean <= entropy + 0.1
 
 
-@pytest.mark.parametrize("num_queries", [3, 40])  # on symbols, and by matrix products
+@pytest.mark.parametrize("num_queries", [3, pytest.param(40, marks=pytest.mark.slow)])  # on symbols, by products
 @pytest.mark.parametrize("axis", REGIONS)
 def test_fused_products_equal_decode_then_multiply(axis, num_queries):
     for along in ("token", "channel"):
@@ -133,6 +133,7 @@ def grown(text, lengths, steps=64):
     return after_prompt, cache
 
 
+@pytest.mark.slow
 def test_buffers_after_a_prompt_and_while_decoding():
     lengths = np.array([1, 100, 127, 128, 255, 256, 300, 330])
     for cache, total in zip(grown("kvcomp:k_budget=none,v_budget=none", lengths), (lengths, lengths + 64), strict=True):
@@ -258,6 +259,7 @@ def test_units_that_do_not_fit_are_coarser_and_never_lost(budget):
     assert enc.choice[0, 0] >= enc.choice[0, 1]  # uniform values are the harder ones
 
 
+@pytest.mark.slow
 def test_finest_steps_that_fit_are_taken():
     codec = Entropy(inner=bounded("block", 0.02), budget=3.0)
     x = normal(0, 1, 64, HEAD_DIM)

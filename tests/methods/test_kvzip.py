@@ -42,7 +42,9 @@ def repeated(lm, ids, chunk):
 
 
 @pytest.mark.parametrize("chunk", [2048, pytest.param(32, marks=pytest.mark.slow)], ids="chunk={}".format)
-@pytest.mark.parametrize("safeguard", ["0.0", "0.3", "none"], ids="safeguard={}".format)
+@pytest.mark.parametrize(
+    "safeguard", ["0.3", *(pytest.param(x, marks=pytest.mark.slow) for x in ("0.0", "none"))], ids="safeguard={}".format
+)
 def test_keeps_what_the_model_needs_to_repeat_the_prompt(safeguard, chunk):
     lm, _ = golden.load("llama")
     (ids,) = draw(lm, 60)

@@ -112,7 +112,10 @@ def test_pages_that_are_not_selected_are_not_read():
     np.testing.assert_array_equal(out, again)
 
 
-@pytest.mark.parametrize("store", ["kivi:bits=4", "int8", "fp8", "turboquant:bits=4", "kvcomp:block_size=32"])
+@pytest.mark.parametrize(
+    "store",
+    ["kivi:bits=4", "int8", "fp8", "turboquant:bits=4", pytest.param("kvcomp:block_size=32", marks=pytest.mark.slow)],
+)
 def test_recall_over_compressed_pages(store):
     """A composition reads, of the codes that the quantising method alone would hold, the pages selected."""
     text = f"quest:budget=96,full_layers=0+{store}"

@@ -99,6 +99,7 @@ def test_sketched_keys_have_one_bit_of_level_fewer_and_values_none():
     assert (rung.k.stored.inner.bits, rung.v.stored.bits) == (2, 3)
 
 
+@pytest.mark.slow
 def test_sketched_products_are_right_on_average():
     """Theorem 2, through rotation and levels; without the sketch 2 bits shrink products by their distortion."""
     x = jnp.asarray(sphere(0, 32, HEAD_DIM))
@@ -137,7 +138,13 @@ def test_bits_a_value(options, per_value):
     assert stored * 8 / (2 * heads * tokens * dim) == per_value
 
 
-@pytest.mark.parametrize("text", ["turboquant:bits=3,block_size=32", "turboquant:bits=2,sketch=true,block_size=32"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("turboquant:bits=3,block_size=32", marks=pytest.mark.slow),
+        "turboquant:bits=2,sketch=true,block_size=32",
+    ],
+)
 def test_a_step_attends_to_what_the_codec_makes_of_settled_tokens(text):
     q, k, v = qkv(4, 1, 65, heads=(4, 2))
     cache = make(text, batch=1, num_kv_heads=2, max_len=96)
