@@ -1,6 +1,7 @@
 """What people read: a table, a plot and one self-contained page, all made from results.json."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def print_table(console: Console, folder: Path) -> None:
 def plot(results: dict[str, Any], file: Path) -> None:
     """Quality lost against true bits: lower left is better."""
     rows = [row for row in results["rows"] if row["method"] != "full"]
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
+    many = len(rows) > _NAMED
+    figure, axes = plt.subplots(figsize=(12, max(5, 0.26 * len(rows))) if many else (8, 5), dpi=150)
     full = next((row for row in results["rows"] if row["method"] == "full"), None)
     if full is not None:
         axes.axvline(full["bits_per_value"], color="0.6", linestyle=":")
@@ -110,14 +112,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
                   ha="right", rotation=90, color="0.4", fontsize=9)  # fmt: skip
     best = _frontier(rows)
     axes.plot([r["bits_per_value"] for r in best], [_kl(r) for r in best], color="0.75", zorder=1)
-    for row in rows:
-        x, y = row["bits_per_value"], _kl(row)
-        axes.scatter(x, y, s=45, zorder=2)
-        below = any(_close(row, other) and y < _kl(other) for other in rows if other is not row)
-        left = full is not None and x > full["bits_per_value"] / 3
-        offset = (-7 if left else 7, -14 if below else 6)
-        side = "right" if left else "left"
-        axes.annotate(row["method"], (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=9)
+    draw_points(axes, rows, full)
     axes.set_xscale("log", base=2)
     if rows:
         axes.set_yscale("log")
@@ -131,6 +126,40 @@ def plot(results: dict[str, Any], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file)
     plt.close(figure)
+
+
+_NAMED = 10  # points whose names fit beside them
+
+
+def draw_points(axes: Any, rows: list[dict[str, Any]], full: dict[str, Any] | None) -> None:
+    """A point a row, with its name beside it where there are few and with a number and a list where there are many."""
+    if len(rows) > _NAMED:
+        _number(axes, rows)
+    else:
+        _name(axes, rows, math.inf if full is None else full["bits_per_value"] / 3)
+
+
+def _name(axes: Any, rows: list[dict[str, Any]], middle: float) -> None:
+    """Points with their names beside them: on the left of those beyond `middle` bits."""
+    for row in rows:
+        x, y = row["bits_per_value"], _kl(row)
+        axes.scatter(x, y, s=45, zorder=2)
+        below = any(_close(row, other) and y < _kl(other) for other in rows if other is not row)
+        offset = (-7 if x > middle else 7, -14 if below else 6)
+        side = "right" if x > middle else "left"
+        axes.annotate(row["method"], (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=9)
+
+
+def _number(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Points with numbers, from the nearest to the full cache on, and a list of what they are; a colour a method."""
+    families = list(dict.fromkeys(row["method"].split(":")[0] for row in rows))
+    colours = plt.get_cmap("tab20")
+    for number, row in enumerate(sorted(rows, key=_kl), 1):
+        at = row["bits_per_value"], _kl(row)
+        colour = colours(families.index(row["method"].split(":")[0]) % 20)
+        axes.scatter(*at, s=120, color=colour, alpha=0.75, zorder=2, label=f"{number}  {row['method']}")
+        axes.annotate(str(number), at, ha="center", va="center", fontsize=7, zorder=3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
 
 
 def _close(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 import models
-from experiments import compare
+from experiments import compare, report
 from experiments.cli import run
 from experiments.measure import Bench
 from tests.experiments import tiny
@@ -161,3 +162,12 @@ def test_lists_leave_out_what_is_not_calibrated_and_single_methods_complain(mode
     assert compare.calibrated(named, layout, ["int8", "kvquant"]) == (["int8", "kvquant"], [])
     with pytest.raises(ValueError, match=r"kvquant: no calibration at .*experiments.calibrate --method kvquant"):
         compare.check(named, layout, ["int8", "kvquant"])
+
+
+def test_a_plot_of_many_methods_numbers_them_from_the_nearest_on():
+    figure, axes = plt.subplots()
+    rows = [{"method": f"h2o:budget={n}", "bits_per_value": 16 / n, "kl": 0.01 * n} for n in range(12, 0, -1)]
+    report.draw_points(axes, rows, None)
+    assert [text.get_text() for text in axes.get_legend().get_texts()][:2] == ["1  h2o:budget=1", "2  h2o:budget=2"]
+    assert len(axes.collections) == 12
+    plt.close(figure)
