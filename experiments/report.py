@@ -33,6 +33,8 @@ def write(folder: Path) -> None:
     write_atomically(folder / "index.html", text)
 
 
+_NAMED = 10  # points of a plot whose names fit beside them
+
 # Title, what it means.
 COLUMNS = (
     ("method", "How the cache is kept; options after the colon."),
@@ -126,9 +128,6 @@ def plot(results: dict[str, Any], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file)
     plt.close(figure)
-
-
-_NAMED = 10  # points whose names fit beside them
 
 
 def draw_points(axes: Any, rows: list[dict[str, Any]], full: dict[str, Any] | None) -> None:

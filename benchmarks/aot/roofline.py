@@ -60,18 +60,9 @@ def main(config: Config) -> None:
     config.out.write_text(json.dumps(content, indent=1) + "\n")
     tpu_roofline(content, config.out.with_suffix(".png"))
     table = Table(title="decode attention, a token and KV head")
-    for title in (
-        "chip",
-        "operation",
-        "case",
-        "bytes",
-        "bundles",
-        "ns, memory",
-        "ns, bundles",
-        "of bandwidth",
-        "VMEM, MB",
-    ):
-        table.add_column(title, justify="left" if title in ("chip", "operation", "case") else "right")
+    left = ("chip", "operation", "case")
+    for title in (*left, "bytes", "bundles", "ns, memory", "ns, bundles", "of bandwidth", "VMEM, MB"):
+        table.add_column(title, justify="left" if title in left else "right")
     for row in rows:
         share = f"{row['share_of_bandwidth']:.0%}"
         figures = (f"{row[name]:.2f}" for name in ("bundles", "memory_ns", "bundle_ns"))
