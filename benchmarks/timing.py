@@ -9,15 +9,20 @@ import numpy as np
 
 
 def interleaved(programs: Mapping[str, Callable[[], float]], rounds: int, left: Callable[[], float]) -> dict[str, dict]:
-    """Median and quartiles in seconds of each program, each of which runs and returns how long it took."""
+    """Median and quartiles in seconds of each program, each of which runs and returns how long it took.
+
+    Rounds begin with another program each, so that none is always first.
+    """
     samples: dict[str, list[float]] = {name: [] for name in programs}
+    names = list(programs)
     for run in programs.values():
         run()  # warm-up
-    for _ in range(rounds):
+    for i in range(rounds):
         if left() < 0:
             break
-        for name, run in programs.items():
-            samples[name].append(run())
+        turn = i % max(len(names), 1)
+        for name in names[turn:] + names[:turn]:
+            samples[name].append(programs[name]())
     return {name: _summary(values) for name, values in samples.items() if values}
 
 

@@ -11,14 +11,14 @@ from kvcomp_jax.cache import Exact, LayerCache, thin
 from kvcomp_jax.heads import assign, share, side_by_side
 from kvcomp_jax.ladder import expand
 from kvcomp_jax.orders import permute
-from kvcomp_jax.policies import Probes, PromptRank
+from kvcomp_jax.policies import PromptRank
 from kvcomp_jax.tiers import Tier, arranged, ring_index
 
 
 def fill(
-    cache: LayerCache, prompt: Exact, length: jax.Array, pos: jax.Array | None = None, probes: Probes | None = None
+    cache: LayerCache, prompt: Exact, length: jax.Array, pos: jax.Array | None = None, query: jax.Array | None = None
 ) -> LayerCache:
-    """Distribute a prompt [B, K, S, D] of length i32[B] over an empty cache; `probes` are those the policy kept.
+    """Distribute a prompt [B, K, S, D] of length i32[B] over an empty cache; `query` [B, K, G, D] is its last one.
 
     `pos` i32[B, S] says where its tokens stand in the text if some were left out before, none of the window's.
 
@@ -37,7 +37,7 @@ def fill(
         here = jax.tree.map(lambda x: x[:, jnp.array(cache.spec.heads)], prompt)
     cache = dataclasses.replace(cache, tiers=_fit(cache.tiers, here, length))
     if policy.fifo:
-        tiers = _fill_by_age(cache, here, settled, None if probes is None else probes.q[:, :, :, 0])
+        tiers = _fill_by_age(cache, here, settled, query)
     else:
         tiers = _fill_by_score(cache, here, settled, length, pos)
     filled = dataclasses.replace(cache, tiers=tiers, settled=settled + gone)

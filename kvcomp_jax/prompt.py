@@ -10,7 +10,7 @@ from jax import lax
 from kvcomp_jax.attention import AttnState, group_queries, lse, scaled
 from kvcomp_jax.cache import Exact, LayerCache, check_fits, next_positions, settle
 from kvcomp_jax.fill import fill, overlay
-from kvcomp_jax.policies import Policy, Probes, Prompt
+from kvcomp_jax.policies import Policy, Probes, Prompt, Watched
 from kvcomp_jax.read import attend_held, decode, make_queries, output
 from kvcomp_jax.spec import LayerSpec
 from kvcomp_jax.streamed import attend_streamed
@@ -29,13 +29,13 @@ class PromptCache:
 
     base: LayerCache | None  # None: see `detach`
     staged: Exact | None  # None: the prompt comes in one pass and needs no staging
-    probes: Probes | None  # queries that the policy wants to see when the prompt closes
+    watched: Watched | None  # what the policy keeps of the queries until the prompt closes
     filled: jax.Array  # i32[B], tokens staged
     pos: jax.Array | None = None  # i32[B, S], text positions of a prompt of which some were left out; None: in order
     policy: Policy | None = static()  # of base if it looks at prompts
     streamed: LayerSpec | None = static(default=None)  # as whose stream chunks attend; None: exactly
     sliding_window: int | None = static()
-    soft_cap: float | None = static(default=None)  # that the probes saw
+    soft_cap: float | None = static(default=None)  # that the queries watched saw
     fresh: bool = static()  # base is empty
     final: bool = static()  # the next chunk is the last; it closes the prompt
 
@@ -59,25 +59,22 @@ def open_prompt(
     if capacity < 0 or (capacity == 0 and not final):
         raise ValueError(f"capacity={capacity} must be positive, or 0 with final=True for a prompt in one chunk.")
     batch, heads, _, head_dim = cache.window.k.shape
-    policy, staged, probes = cache.spec.policy, None, None
+    policy, staged, watched = cache.spec.policy, None, None
     if capacity:
         slots, dtype = (batch, heads, capacity), cache.window.k.dtype
         stat = policy.new_stat(slots) if policy.keeps_stat else None
         staged = Exact(k=jnp.zeros((*slots, head_dim), dtype), v=jnp.zeros((*slots, head_dim), dtype), stat=stat)
-        if num_probes := policy.num_probes(capacity):
+        if policy.watches:
             if num_heads is None or num_heads % heads:
                 raise ValueError(
                     f"num_heads={num_heads} must be the model's query heads, a multiple of {heads}: "
                     f"{type(policy).__name__} judges a prompt by its queries."
                 )
-            rows = (batch, heads, num_heads // heads, num_probes)
-            probes = Probes(
-                q=jnp.zeros((*rows, head_dim)), lse=jnp.zeros(rows), at=jnp.full((batch, num_probes), -1, jnp.int32)
-            )
+            watched = policy.new_watched((batch, heads, num_heads // heads), head_dim, capacity)
     return PromptCache(
         base=cache,
         staged=staged,
-        probes=probes,
+        watched=watched,
         filled=jnp.zeros_like(cache.length),
         policy=policy if policy.looks_at_prompt else None,
         streamed=cache.spec if fresh and cache.spec.prefill == "stored" else None,
@@ -128,7 +125,8 @@ def _close(prompt: PromptCache, cache: LayerCache, staged: Exact, stat: jax.Arra
         staged = dataclasses.replace(staged, stat=prompt.policy.from_prompt(staged.stat, seen))
     if not prompt.fresh:
         return absorb(cache, staged, prompt.filled)
-    return fill(cache, staged, prompt.filled, prompt.pos, prompt.probes)
+    query = prompt.watched.q[:, :, :, 0] if isinstance(prompt.watched, Probes) else None
+    return fill(cache, staged, prompt.filled, prompt.pos, query)
 
 
 def as_seen(prompt: PromptCache, cache: LayerCache | None, staged: Exact) -> Prompt:
@@ -137,7 +135,7 @@ def as_seen(prompt: PromptCache, cache: LayerCache | None, staged: Exact) -> Pro
         k=staged.k,
         v=staged.v,
         length=prompt.filled,
-        probes=prompt.probes,
+        watched=prompt.watched,
         start=jnp.zeros_like(prompt.filled) if prompt.fresh or cache is None else cache.length,
         soft_cap=prompt.soft_cap,
         sliding_window=prompt.sliding_window,
@@ -152,7 +150,7 @@ def peak_attention(prompt: PromptCache, since: jax.Array) -> jax.Array:
     seen = as_seen(prompt, None, cast(Exact, prompt.staged))
     probes = seen.kept
     later = dataclasses.replace(probes, at=jnp.where(probes.at >= since[:, None], probes.at, -1))
-    return dataclasses.replace(seen, probes=later).peak()
+    return dataclasses.replace(seen, watched=later).peak()
 
 
 def prefill(
@@ -223,35 +221,49 @@ def extend(
     staged = _stage(prompt, k, v)
     grouped = group_queries(scaled(q, sm_scale), k.shape[2])
     options = {"soft_cap": soft_cap, "sliding_window": prompt.sliding_window}
-    state = _attend_prompt(prompt, grouped, staged, options)
+    state, received = _attend_prompt(prompt, grouped, staged, length, options)
     if not prompt.fresh and base is not None:
         queries = make_queries(_seen(base, prompt.filled), q, length, sm_scale, soft_cap)
         state, base = attend_held(base, queries, frozen=True, beside=state)
     chunk = Probes(
         q=grouped, lse=lse(state).reshape(grouped.shape[:4]), at=stands_at(prompt.filled, length, q.shape[1])
     )
-    probes = _keep(prompt, chunk)
-    if prompt.policy is not None and prompt.policy.needs_probs and probes is None:
-        received = prefill_op.mass(grouped, staged.k, chunk.lse, prompt.filled, length, **options)
+    watched = _watch(prompt, chunk)
+    if prompt.policy is not None and _wants_mass(prompt):
+        if received is None:
+            received = prefill_op.mass(grouped, staged.k, chunk.lse, prompt.filled, length, **options)
         before = jnp.zeros_like(length) if prompt.fresh or base is None else base.length
         pos = next_positions(before, staged.k.shape[2])[:, None]
         seen = before + prompt.filled + length
         staged = dataclasses.replace(staged, stat=prompt.policy.observe(staged.stat, received, pos, seen, length))
-    read = dataclasses.replace(prompt, base=base, probes=probes, filled=prompt.filled + length)
-    if read.probes is not None:
+    read = dataclasses.replace(prompt, base=base, watched=watched, filled=prompt.filled + length)
+    if watched is not None:
         read = dataclasses.replace(read, soft_cap=soft_cap)
     if prompt.final:
         return output(state, q), _close(read, cast(LayerCache, base), staged)
     return output(state, q), dataclasses.replace(read, staged=staged)
 
 
-def _attend_prompt(prompt: PromptCache, q: jax.Array, staged: Exact, options: dict[str, Any]) -> AttnState:
-    """Attend from a chunk q [B, K, G, T, D] to the staged tokens."""
+def _attend_prompt(
+    prompt: PromptCache, q: jax.Array, staged: Exact, length: jax.Array, options: dict[str, Any]
+) -> tuple[AttnState, jax.Array | None]:
+    """Attend from a chunk q [B, K, G, T, D] to the staged tokens; also the mass that they got, if in the same pass."""
     if prompt.streamed is not None:
-        return attend_streamed(prompt.streamed, q, staged, prompt.filled, soft_cap=options["soft_cap"])
-    acc, top, total = prefill_op.prefill(q, staged.k, staged.v, prompt.filled, **options)
+        return attend_streamed(prompt.streamed, q, staged, prompt.filled, soft_cap=options["soft_cap"]), None
+    received = None
+    if prompt.fresh and _wants_mass(prompt):  # else what the cache holds already counts in the denominators
+        state, received = prefill_op.prefill_with_mass(q, staged.k, staged.v, prompt.filled, length, **options)
+    else:
+        state = prefill_op.prefill(q, staged.k, staged.v, prompt.filled, **options)
+    acc, top, total = state
     rows = (*q.shape[:2], -1)
-    return AttnState(acc=acc.reshape(*rows, q.shape[-1]), max=top.reshape(rows), sum=total.reshape(rows))
+    return AttnState(acc=acc.reshape(*rows, q.shape[-1]), max=top.reshape(rows), sum=total.reshape(rows)), received
+
+
+def _wants_mass(prompt: PromptCache) -> bool:
+    """Whether the policy is told what attention each staged token got from every chunk."""
+    policy = prompt.policy
+    return policy is not None and policy.needs_probs and not policy.watches
 
 
 def positions(cache: LayerCache | PromptCache, num_tokens: int) -> jax.Array:
@@ -261,27 +273,12 @@ def positions(cache: LayerCache | PromptCache, num_tokens: int) -> jax.Array:
     return next_positions(cache.filled if cache.base is None else cache.base.length + cache.filled, num_tokens)
 
 
-def _keep(prompt: PromptCache, chunk: Probes) -> Probes | None:
-    """Those of the probes so far and the chunk's queries that the policy wants to see at the end."""
-    if prompt.policy is None:
+def _watch(prompt: PromptCache, chunk: Probes) -> Watched | None:
+    """What the policy keeps of the queries so far and the chunk's."""
+    if prompt.policy is None or not prompt.policy.watches:
         return None
     capacity = chunk.at.shape[1] if prompt.staged is None else prompt.staged.k.shape[2]
-    if not prompt.policy.num_probes(capacity):
-        return None
-    seen = chunk
-    if prompt.probes is not None:
-        seen = Probes(
-            q=jnp.concatenate([prompt.probes.q, chunk.q], 3),
-            lse=jnp.concatenate([prompt.probes.lse, chunk.lse], 3),
-            at=jnp.concatenate([prompt.probes.at, chunk.at], 1),
-        )
-    index = prompt.policy.choose_probes(seen.at, capacity)
-    rows = index[:, None, None]
-    return Probes(
-        q=jnp.take_along_axis(seen.q, rows[..., None], 3),
-        lse=jnp.take_along_axis(seen.lse, rows, 3),
-        at=jnp.take_along_axis(seen.at, index, 1),
-    )
+    return prompt.policy.watch(prompt.watched, chunk, capacity)
 
 
 def _stage(prompt: PromptCache, k: jax.Array, v: jax.Array) -> Exact:

@@ -19,15 +19,13 @@ def expected_attention(
     budget: int | float = 2048,
     num_future: int = 512,
     num_sinks: int = 4,
-    num_queries: int = 1024,
     covariance: bool = True,
     values: bool = True,
     block_size: int = 16,
 ) -> tuple[LayerSpec, ...]:
     """Keep the prompt's tokens that queries like those seen would attend to later, and all that follows.
 
-    Each KV head keeps `budget` tokens, sinks included. Defaults are kvpress', but for `num_queries`: longer prompts
-    are judged by so many of their queries.
+    Each KV head keeps `budget` tokens, sinks included. Defaults are kvpress'.
     """
     layout, tokens, shrink = context.layout, context.tokens(budget), isinstance(budget, float)
 
@@ -35,7 +33,6 @@ def expected_attention(
         policy = ExpectedAttention(
             rope=layout.rope(i, context.max_len),
             num_future=num_future,
-            num_queries=num_queries,
             use_covariance=covariance,
             use_values=values,
             num_sinks=num_sinks,

@@ -1,6 +1,6 @@
 """Which tokens are worth keeping: one policy a file."""
 
-from kvcomp_jax.policies.base import Policy, Probes, Prompt, Stat, Step
+from kvcomp_jax.policies.base import Policy, Probes, Prompt, Stat, Step, Watched
 from kvcomp_jax.policies.distinct import Distinct
 from kvcomp_jax.policies.expected_attention import ExpectedAttention
 from kvcomp_jax.policies.heavy_hitter import HeavyHitter
@@ -31,5 +31,6 @@ __all__ = [
     "Step",
     "TailVote",
     "ValueWeighted",
+    "Watched",
     "WindowVote",
 ]

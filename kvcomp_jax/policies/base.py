@@ -11,6 +11,7 @@ from pallas_kernels.prefill import probe_mass
 from pallas_kernels.prefill.reference import capped, seen_from
 
 Stat = Any  # what a policy remembers of each token: arrays [B, K, S, ...]
+Watched = Any  # what a policy keeps of a prompt's queries until the prompt closes: `Probes`, or arrays [B, ...]
 
 
 @pytree
@@ -29,7 +30,7 @@ class Prompt:
     k: jax.Array  # [B, K, S, D], keys as cached
     v: jax.Array  # [B, K, S, D]
     length: jax.Array  # i32[B], tokens of each row
-    probes: Probes | None  # as `num_probes` and `choose_probes` had them kept
+    watched: Watched | None  # as the policy's `watch` kept it
     soft_cap: float | None = static(default=None)
     start: jax.Array  # i32[B], text position of its first token
     sliding_window: int | None = static(default=None)
@@ -79,9 +80,9 @@ class Prompt:
     @property
     def kept(self) -> Probes:
         """The probes; TypeError if the policy asked for none."""
-        if self.probes is None:
+        if not isinstance(self.watched, Probes):
             raise TypeError("the policy kept no probes: num_probes must be positive.")
-        return self.probes
+        return self.watched
 
 
 @pytree
@@ -153,13 +154,18 @@ class Policy:
     @property
     def looks_at_prompt(self) -> bool:
         """Whether reading a prompt must do more for this policy than attend."""
-        return self.keeps_stat or self.num_probes(1) > 0
+        return self.keeps_stat or self.watches
+
+    @property
+    def watches(self) -> bool:
+        """Whether it keeps something of a prompt's queries, see `watch`.
+
+        Such a policy judges a prompt by that alone: `observe` then sees decoded tokens and later prompts only.
+        """
+        return self.num_probes(1) > 0
 
     def num_probes(self, capacity: int) -> int:
-        """How many queries of a prompt of up to `capacity` tokens `from_prompt` wants to see; 0 = none.
-
-        A policy with probes judges a prompt by them alone: `observe` then sees decoded tokens and later prompts only.
-        """
+        """How many queries of a prompt of up to `capacity` tokens `from_prompt` wants to see; 0 = none."""
         del capacity
         return 0
 
@@ -173,6 +179,33 @@ class Policy:
           i32[B, num_probes(capacity)], or all N if there are fewer.
         """
         return lax.top_k(at, min(self.num_probes(capacity), at.shape[1]))[1]
+
+    def new_watched(self, rows: tuple[int, int, int], head_dim: int, capacity: int) -> Watched:
+        """What `watch` keeps before any chunk of a prompt of up to `capacity` tokens; rows are (B, K, G)."""
+        n = self.num_probes(capacity)
+        return Probes(
+            q=jnp.zeros((*rows, n, head_dim)), lse=jnp.zeros((*rows, n)), at=jnp.full((rows[0], n), -1, jnp.int32)
+        )
+
+    def watch(self, watched: Watched, chunk: Probes, capacity: int) -> Watched:
+        """Keep what `from_prompt` will need of a chunk's queries; here those that `choose_probes` chooses.
+
+        `watched` is what was kept so far, None where the whole prompt is one chunk.
+        """
+        seen = chunk
+        if watched is not None:
+            seen = Probes(
+                q=jnp.concatenate([watched.q, chunk.q], 3),
+                lse=jnp.concatenate([watched.lse, chunk.lse], 3),
+                at=jnp.concatenate([watched.at, chunk.at], 1),
+            )
+        index = self.choose_probes(seen.at, capacity)
+        rows = index[:, None, None]
+        return Probes(
+            q=jnp.take_along_axis(seen.q, rows[..., None], 3),
+            lse=jnp.take_along_axis(seen.lse, rows, 3),
+            at=jnp.take_along_axis(seen.at, index, 1),
+        )
 
     def new_stat(self, slots: tuple[int, int, int]) -> Stat:
         """The statistic of `slots` (B, K, S) that no query has seen; zeros, because a new token's is set to zero."""

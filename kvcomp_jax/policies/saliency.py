@@ -60,9 +60,9 @@ class Saliency(Policy):
     def from_prompt(self, stat: Stat | None, prompt: Prompt) -> jax.Array:
         """Divide the mass from the row's probes."""
         del stat
-        if prompt.probes is None:
+        if prompt.watched is None:
             raise TypeError("Saliency needs the prompt's probes, got None.")
-        at = self._of_length(prompt.probes.at, prompt.length[:, None])
+        at = self._of_length(prompt.kept.at, prompt.length[:, None])
         place = jnp.arange(prompt.k.shape[2], dtype=jnp.int32)[None]
         if self.divide_by == "queries":
             seen_by = prompt.length[:, None] - place

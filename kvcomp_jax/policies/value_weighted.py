@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kvcomp_jax.policies.base import Prompt, Stat
+from kvcomp_jax.policies.base import Probes, Prompt, Stat, Watched
 from kvcomp_jax.policies.prompt_rank import PromptRank
 from kvcomp_jax.types import pytree, static
 
@@ -40,13 +40,18 @@ class ValueWeighted(PromptRank):
         if not 0 <= self.first <= 1 or self.epsilon < 0:
             raise ValueError(f"first={self.first} must be in [0, 1] and epsilon={self.epsilon} not negative.")
 
-    def num_probes(self, capacity: int) -> int:
-        """The inner policy's."""
-        return self.inner.num_probes(capacity)
+    @property
+    def watches(self) -> bool:
+        """As the inner policy."""
+        return self.inner.watches
 
-    def choose_probes(self, at: jax.Array, capacity: int) -> jax.Array:
+    def new_watched(self, rows: tuple[int, int, int], head_dim: int, capacity: int) -> Watched:
         """The inner policy's."""
-        return self.inner.choose_probes(at, capacity)
+        return self.inner.new_watched(rows, head_dim, capacity)
+
+    def watch(self, watched: Watched, chunk: Probes, capacity: int) -> Watched:
+        """As the inner policy."""
+        return self.inner.watch(watched, chunk, capacity)
 
     def from_prompt(self, stat: Stat | None, prompt: Prompt) -> jax.Array:
         """The scores, f32[B, K, S]."""

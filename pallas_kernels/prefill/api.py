@@ -5,7 +5,7 @@ import jax
 from pallas_kernels import dispatch
 from pallas_kernels.prefill.reference import MASK_VALUE, stands_at
 
-__all__ = ["MASK_VALUE", "mass", "prefill", "probe_mass"]
+__all__ = ["MASK_VALUE", "mass", "prefill", "prefill_with_mass", "probe_mass"]
 
 
 def prefill(
@@ -42,6 +42,34 @@ def prefill(
     _check(q, k, v, start)
     options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
     return dispatch.call("prefill", implementation, q, k, v, start, **options, interpret=interpret)
+
+
+def prefill_with_mass(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    *,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Run `prefill` and sum the probabilities that each key received, in one pass where the backend can.
+
+    Args:
+      q, k, v, start, soft_cap, sliding_window, implementation, interpret: As in `prefill`.
+      length: As in `mass`.
+
+    Returns:
+      The state of `prefill`, and what `mass` gives if the queries attended to these keys alone.
+    """
+    _check(q, k, v, start)
+    options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
+    return dispatch.call(
+        "prefill", implementation, q, k, v, start, length, **options, function="prefill_with_mass", interpret=interpret
+    )
 
 
 def mass(

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of `prefill`, `mass` or `probe_mass`; `arguments` draws it, `shapes` describes it without arrays."""
+    """One call of a function of the operation; `arguments` draws it, `shapes` describes it without arrays."""
 
     num_queries: int
     num_slots: int
@@ -38,6 +38,8 @@ class Case:
             return (q, k, v, start), self.options
         lse = jnp.full(q.shape[:4], np.log(self.num_slots), jnp.float32)
         lengths = [max(self.num_queries - 3 * i, 0) for i in range(len(self.start))]
+        if self.function == "prefill_with_mass":
+            return (q, k, v, start, jnp.asarray(lengths, jnp.int32)), self.options
         if self.function == "mass":
             return (q, k, lse, start, jnp.asarray(lengths, jnp.int32)), self.options
         at = [
@@ -56,9 +58,12 @@ class Case:
         q, k, v, start, length = self._all()
         lse = jax.ShapeDtypeStruct(q.shape[:4], jnp.float32)
         at = jax.ShapeDtypeStruct((q.shape[0], q.shape[3]), jnp.int32)
-        return {"prefill": (q, k, v, start), "mass": (q, k, lse, start, length), "probe_mass": (q, k, lse, at)}[
-            self.function
-        ]
+        return {
+            "prefill": (q, k, v, start),
+            "prefill_with_mass": (q, k, v, start, length),
+            "mass": (q, k, lse, start, length),
+            "probe_mass": (q, k, lse, at),
+        }[self.function]
 
     def _all(self) -> tuple:
         batch, shape = len(self.start), jax.ShapeDtypeStruct
@@ -87,10 +92,13 @@ _SHAPES = {
 }
 # `mass` is `probe_mass` of queries in a row, so that blocks before and after them are passed over.
 _CHUNKS = ("one", "blocks", "odd-soft-cap", "window-soft-cap", "blocks-bfloat16", "window-soft-cap-bfloat16")
+# `prefill_with_mass` is `prefill` and `probe_mass` on most backends.
+_BOTH = (*_CHUNKS, "chunk", "window", "head_dim-80")
 CASES = {
     **_SHAPES,
     **{f"mass-{name}": dataclasses.replace(_SHAPES[name], function="mass") for name in _CHUNKS},
     **{f"probes-{name}": dataclasses.replace(case, function="probe_mass") for name, case in _SHAPES.items()},
+    **{f"with-mass-{name}": dataclasses.replace(_SHAPES[name], function="prefill_with_mass") for name in _BOTH},
 }
 
 # What the ahead-of-time compilation and the benchmarks measure: a chunk of a prompt, and a tenth of it as probes.

@@ -12,7 +12,7 @@ import triton.language as tl
 from pallas_kernels import triton_calls
 from pallas_kernels.prefill.block_sizes import GPU_KEY_BLOCK, GPU_QUERY_BLOCK
 from pallas_kernels.prefill.reach import query_blocks
-from pallas_kernels.prefill.reference import MASK_VALUE
+from pallas_kernels.prefill.reference import MASK_VALUE, in_two_passes
 
 _DEAD = tl.constexpr(MASK_VALUE)
 
@@ -48,6 +48,9 @@ def probe_mass(q, k, lse, at, *, soft_cap=None, sliding_window=None, interpret=F
         interpret=interpret,
     )
     return out
+
+
+prefill_with_mass = in_two_passes(prefill, probe_mass)
 
 
 def _sizes(q: jax.Array, k: jax.Array, soft_cap: float | None, sliding_window: int | None) -> dict:

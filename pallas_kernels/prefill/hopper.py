@@ -30,9 +30,9 @@ from pallas_kernels.mosaic_gpu import (
 )
 from pallas_kernels.prefill.block_sizes import HOPPER_REGISTERS, HOPPER_STAGES, hopper_key_block
 from pallas_kernels.prefill.hopper_mass import probe_mass
-from pallas_kernels.prefill.reference import MASK_VALUE
+from pallas_kernels.prefill.reference import MASK_VALUE, in_two_passes
 
-__all__ = ["prefill", "probe_mass"]
+__all__ = ["prefill", "prefill_with_mass", "probe_mass"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,9 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None, interpret=Fal
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, plan.num_blocks * plan.block - plan.num_rows), (0, 0)))
     acc, top, total = (x[:, :, : plan.num_rows] for x in _call(plan, rows, k, v, start.astype(jnp.int32)))
     return acc.reshape(q.shape), top.reshape(q.shape[:4]), total.reshape(q.shape[:4])
+
+
+prefill_with_mass = in_two_passes(prefill, probe_mass)
 
 
 def _call(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:

@@ -44,3 +44,27 @@ def stands_at(start: jax.Array, length: jax.Array, num_queries: int) -> jax.Arra
     """Slot of each query of a chunk, i32[B, T]; -1 from `length` on."""
     t = jnp.arange(num_queries)[None]
     return jnp.where(t < length[:, None], start[:, None] + t, -1)
+
+
+def log_sum(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """Log of a state's softmax denominators; of those that saw nothing, zero."""
+    _, top, total = state
+    return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), 0.0)
+
+
+def in_two_passes(prefill, probe_mass):
+    """A backend's `prefill_with_mass`, made of its other two functions.
+
+    Online softmax knows a query's denominator only after its last key, so where probabilities cannot be kept, mass
+    takes a second look at the keys.
+    """
+
+    def prefill_with_mass(q, k, v, start, length, **options):
+        """See `api.prefill_with_mass`."""
+        state = prefill(q, k, v, start, **options)
+        return state, probe_mass(q, k, log_sum(state), stands_at(start, length, q.shape[3]), **options)
+
+    return prefill_with_mass
+
+
+prefill_with_mass = in_two_passes(prefill, probe_mass)

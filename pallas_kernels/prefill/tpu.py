@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.prefill.block_sizes import TPU_KEY_BLOCK, TPU_ROWS
 from pallas_kernels.prefill.reach import query_blocks
-from pallas_kernels.prefill.reference import MASK_VALUE, capped
+from pallas_kernels.prefill.reference import MASK_VALUE, capped, in_two_passes
 from pallas_kernels.tpu_rows import LANES, SUBLANES, tokens_along_lanes
 
 
@@ -106,6 +106,9 @@ def probe_mass(q, k, lse, at, *, soft_cap=None, sliding_window=None, interpret=F
         at_rows,
     )
     return out[:, :, 0]
+
+
+prefill_with_mass = in_two_passes(prefill, probe_mass)
 
 
 class _Steps:

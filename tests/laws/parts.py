@@ -153,7 +153,7 @@ METHODS = [
     "snapkv:budget=120,window=16+kivi:bits=4",
     "snapstream:budget=40,num_queries=6",
     "tova:budget=0.5",
-    "expected_attention:budget=0.5,num_sinks=2,num_queries=32",
+    "expected_attention:budget=0.5,num_sinks=2",
     "scissorhands:budget=0.5,history=40,num_sinks=1",
     "r_kv:budget=0.5,buffer=12,recent=5,num_sinks=1",
     "ada_kv:budget=0.5,window=8",

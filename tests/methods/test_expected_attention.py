@@ -1,5 +1,6 @@
 """Faithfulness of Expected Attention against its formulas in numpy, in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,18 +66,20 @@ def test_keeps_what_the_formulas_say(covariance, values, rope):
         assert held(cache, row) == [head | set(range(SINKS)) for head in best]
 
 
-def test_long_prompts_are_judged_by_a_sample_that_chunks_do_not_change():
-    q, k, v = qkv(1, 1, 96)
-    q = q + 0.5
-    whole = empty("budget=40,num_queries=24", [96], 100)
+def test_chunks_are_judged_as_the_whole_prompt_and_keep_no_query():
+    q, k, v = qkv(1, 2, 96)
+    q = q + jnp.arange(96)[None, :, None, None] / 24  # means of chunks differ
+    lengths = jnp.array([96, 70])
+    whole = empty("budget=40", [96, 70], 100)
     prompt = kvc.open_prompt(whole, 96, num_heads=4)
-    _, whole = prefill(whole, q, k, v)
+    size = sum(x.nbytes for x in jax.tree.leaves(prompt.watched))
+    _, whole = prefill(whole, q, k, v, lengths)
     for i in range(3):
-        _, prompt = attend(prompt, *(x[:, 32 * i : 32 * (i + 1)] for x in (q, k, v)))
-    assert held(close_prompt(prompt)) == held(whole)
-    _, all_queries = prefill(empty("budget=40", [96], 100), q, k, v)
-    common = [len(x & y) for x, y in zip(held(whole), held(all_queries), strict=True)]
-    assert all(25 <= n < 40 for n in common)  # an estimate of the same
+        rest = jnp.clip(lengths - 32 * i, 0, 32)
+        _, prompt = attend(prompt, *(x[:, 32 * i : 32 * (i + 1)] for x in (q, k, v)), rest)
+    assert held(close_prompt(prompt), 0) == held(whole, 0)
+    assert held(close_prompt(prompt), 1) == held(whole, 1)
+    assert size == 4 * 2 * (1 + 4 * HEAD_DIM * (HEAD_DIM + 1)) == sum(x.nbytes for x in jax.tree.leaves(prompt.watched))
 
 
 def test_frequencies_that_change_are_refused():
