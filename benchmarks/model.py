@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def main(options: Options) -> None:
 
 
 def measure_prompts(record: Record, lm: models.LanguageModel, methods: Sequence[str], length: int, rounds: int) -> None:
-    """Time reading and compressing one prompt of random ids, and say what its programs hold at most beside weights."""
+    """Time reading and compressing one prompt of random ids, and say what is held at most meanwhile beside weights."""
     ids = np.random.default_rng(0).integers(1, lm.config.vocab_size, length).tolist()
     weights = sum(x.nbytes for x in jax.tree.leaves(lm.params))
     samples, peaks = {}, {}
@@ -75,19 +75,13 @@ def measure_prompts(record: Record, lm: models.LanguageModel, methods: Sequence[
 
         with recorded() as programs:
             sample()
-        peaks[method] = max(map(_held, programs)) - weights
+        peaks[method] = max(asked.peak_bytes for asked in programs) - weights
         samples[method] = sample
     times = interleaved(samples, rounds, record.left)
     for method, row in times.items():
         ratio = row["median_s"] / times[methods[0]]["median_s"]
         record.add("prompts", method=method, tokens=length, peak_bytes=peaks[method], **row,
                    **{f"times_{methods[0]}": ratio})  # fmt: skip
-
-
-def _held(program: Any) -> int:
-    """Bytes of a compiled program's arguments, results and temporaries; what it takes over counts once."""
-    held = program.memory_analysis()
-    return held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes - held.alias_size_in_bytes
 
 
 if __name__ == "__main__":

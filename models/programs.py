@@ -3,12 +3,26 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 _programs: dict[Any, Any] = {}
-_lists: list[list[Any]] = []
+_lists: list[list["Asked"]] = []
+
+
+class Asked(NamedTuple):
+    """A program that was asked for, and what stood in memory then."""
+
+    program: Any
+    live_bytes: int  # of all arrays of the process, its arguments among them
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes held while it runs: all arrays, its results and temporaries; what it takes over counts once."""
+        held = self.program.memory_analysis()
+        fresh = held.output_size_in_bytes - held.alias_size_in_bytes
+        return self.live_bytes + fresh + held.temp_size_in_bytes
 
 
 def compiled(function: Any, static: tuple[Any, ...], *args: Any) -> tuple[Callable, float]:
@@ -22,15 +36,17 @@ def compiled(function: Any, static: tuple[Any, ...], *args: Any) -> tuple[Callab
     fresh = key not in _programs
     if fresh:
         _programs[key] = function.lower(*static, *args).compile()
-    for programs in _lists:
-        programs.append(_programs[key])
+    if _lists:
+        asked = Asked(_programs[key], sum(x.nbytes for x in jax.live_arrays()))
+        for programs in _lists:
+            programs.append(asked)
     return _programs[key], time.perf_counter() - start if fresh else 0.0
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Any]]:
+def recorded() -> Iterator[list[Asked]]:
     """A list that fills with the programs asked for inside the block, with repeats."""
-    programs: list[Any] = []
+    programs: list[Asked] = []
     _lists.append(programs)
     try:
         yield programs

@@ -16,13 +16,14 @@ def calibrate(
 ) -> dict[str, np.ndarray]:
     """Scale and zero point of each key channel, and levels of keys and values with those read under Q-Norm.
 
-    A key channel's range ends where half of the outliers' share lies beyond on each side; a token of values is brought
+    A key channel's range holds what is left of it once each token's outliers are taken out: as many are stored of a
+    token as its share allows, and what lies beyond a range and finds no room is clipped. A token of values is brought
     to -1 .. 1 without its outliers, as it will be when it is stored. Levels are fitted, weighted by the Fisher
     information, to what is within; sinks are never quantised and so left out.
     """
     k, k_weight, v, v_weight = (x[:, num_sinks:].reshape(-1, *x.shape[2:]) for x in
                                 (layer.k, layer.k_weight, layer.v, layer.v_weight))  # [N, K, D]  # fmt: skip
-    low, high = np.quantile(k, (outliers / 2, 1 - outliers / 2), axis=0)
+    low, high = _ranges(k, outliers, across_heads)
     k_scale = np.maximum((high - low) / 2, 1e-6 + 1e-6 * np.abs(high)).astype(np.float32)
     k_zero_point = ((high + low) / 2).astype(np.float32)
     if across_heads:
@@ -35,6 +36,27 @@ def calibrate(
     v_levels, v_values = _levels(v_units, v_weight, bits)
     named = {"k_scale": k_scale, "k_zero_point": k_zero_point}
     return named | {"k_levels": k_levels, "k_values": k_values, "v_levels": v_levels, "v_values": v_values}
+
+
+def _ranges(k: np.ndarray, outliers: float, across_heads: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest f32[K, D] of keys [N, K, D] without each token's outliers.
+
+    Which are outliers depends on ranges, and they on outliers: as in the paper's code, first ranges are those between
+    which all but the outliers' share lies.
+    """
+    low, high = np.quantile(k, (outliers / 2, 1 - outliers / 2), axis=0)
+    if not outliers:
+        return low, high
+    units = (k - (high + low) / 2) / np.maximum(high - low, 1e-12)
+    rows = (len(k), 1, -1) if across_heads else k.shape
+    cut = per_side(outliers, units.reshape(rows).shape[-1])
+    order = np.argsort(units.reshape(rows), axis=-1)
+    rest = np.ones(order.shape, bool)
+    np.put_along_axis(rest, np.concatenate([order[..., :cut], order[..., -cut:]], -1), False, -1)
+    rest = rest.reshape(k.shape)
+    least, greatest = np.min(k, 0, where=rest, initial=np.inf), np.max(k, 0, where=rest, initial=-np.inf)
+    seen = rest.any(0)
+    return np.where(seen, least, low), np.where(seen, greatest, high)
 
 
 def _levels(units: np.ndarray, weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +96,8 @@ def kvquant(
 
     Ranges of key channels are calibrated, those of values are each token's own. Of each token the most extreme values,
     a share `outliers`, are kept beside it: among keys, ranked by how far they are in their channel's range, exactly as
-    many as among values, so that slots that the paper leaves empty hold the next most extreme. Heads are joined as in
+    many as among values, so that slots that the paper leaves empty hold the next most extreme; ranges are calibrated
+    for so many. Heads are joined as in
     the paper; across_heads=False treats each head alone, at more bits, so that a policy may rank tokens by head.
     Q-Norm is on at 2 bits by default. Tokens wait exactly for a block of `block_size`, because words pack several.
     Ranges and offsets of values are stored once a token, not as a whole codebook.

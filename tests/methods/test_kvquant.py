@@ -115,6 +115,27 @@ def test_ranges_of_keys_are_the_calibrations():
     assert outliers.num_outliers == 2 * per_side(0.01, CHANNELS)
 
 
+@pytest.mark.parametrize("across_heads", [True, False])
+def test_ranges_hold_all_that_is_not_among_the_outliers_of_its_token(across_heads):
+    layer = _layer(9)
+    k = layer.k.copy()
+    k[0, 5::7, :, 2] *= 40.0  # loud in one token of seven: more than the share of outliers
+    tables = calibrate(layer._replace(k=k), bits=3, outliers=0.05, across_heads=across_heads)
+    x = k[:, 1:].reshape(-1, *k.shape[2:])
+    low, high = np.quantile(x, (0.025, 0.975), axis=0)
+    z = (x - (low + high) / 2) / (high - low)
+    kept = [[[] for _ in range(x.shape[2])] for _ in range(x.shape[1])]
+    for token, units in zip(x, z, strict=True):
+        groups = [range(units.size)] if across_heads else np.arange(units.size).reshape(units.shape)
+        for group in groups:
+            cut = int(0.025 * len(group)) + 1
+            for at in sorted(group, key=lambda i: units.flat[i])[cut:-cut]:
+                kept[at // x.shape[2]][at % x.shape[2]].append(token.flat[at])
+    ends = np.array([[(min(channel), max(channel)) for channel in head] for head in kept])
+    np.testing.assert_allclose(tables["k_zero_point"], ends.mean(-1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tables["k_scale"], np.diff(ends)[..., 0] / 2, rtol=1e-4)
+
+
 # 3. Exactly n upper and n lower outliers of each token of values, also among equal values, and they come back.
 
 
