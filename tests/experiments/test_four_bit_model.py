@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import quarot
+from experiments import four_bit_model
 from experiments.cli import run
 from tests.experiments.tiny import write_text
 
@@ -13,7 +13,7 @@ def test_each_switch_is_scored(model_folder, tmp_path, capsys, monkeypatch):
     sizes = {"context": 32, "score": 16, "windows": 1, "calibration": 2, "calibration-tokens": 32}
     args = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
     args += ["--model", str(model_folder), "--text", str(write_text(tmp_path / "text.txt"))]
-    assert run(quarot.Config, quarot.main, args) == 0
+    assert run(four_bit_model.Config, four_bit_model.main, args) == 0
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     rows = {(cells[1].strip(), cells[2].strip()): [float(cell) for cell in cells[3:-1]] for cells in lines}
     assert len(rows) == 10
@@ -30,5 +30,5 @@ def test_each_switch_is_scored(model_folder, tmp_path, capsys, monkeypatch):
 
 def test_a_text_must_be_long_enough(model_folder, tmp_path, capsys):
     args = ["--model", str(model_folder), "--text", str(write_text(tmp_path / "text.txt", 400))]
-    assert run(quarot.Config, quarot.main, args) == 2
+    assert run(four_bit_model.Config, four_bit_model.main, args) == 2
     assert "take a longer text or fewer windows" in capsys.readouterr().err
