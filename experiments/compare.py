@@ -23,6 +23,7 @@ from experiments.protocol import Score, cut_windows
 from experiments.results import Results
 from experiments.texts import load_text
 from kvcomp_jax.calibrate import NotCalibrated
+from models.programs import forgetting
 
 DEFAULT_METHODS = "full;int8;int4;kivi:bits=4;kivi:bits=2;streaming_llm:budget=512;h2o:budget=512"
 
@@ -137,7 +138,8 @@ def _measure(console: Console, bench: Bench, results: Results, todo: list[str], 
         bench.prepare_reference(lambda: progress.advance(bar))
         for method in todo:
             progress.update(bar, description=method)
-            scores, measured = bench.measure(method, lambda: progress.advance(bar))
+            with forgetting():
+                scores, measured = bench.measure(method, lambda: progress.advance(bar))
             results.add(_row(method, scores, measured, bench))
 
 

@@ -54,6 +54,21 @@ def recorded() -> Iterator[list[Asked]]:
         _lists.pop()
 
 
+@contextlib.contextmanager
+def forgetting() -> Iterator[None]:
+    """Forget at its end the programs that the block compiled first: a model's take hundreds of megabytes.
+
+    For loops over methods, none of whose programs suit the next one. What was compiled before stays.
+    """
+    before = set(_programs)
+    try:
+        yield
+    finally:
+        for key in set(_programs) - before:
+            del _programs[key]
+        jax.clear_caches()  # JAX keeps them, too
+
+
 def count(function: Any) -> int:
     """Programs of a jitted function so far."""
     return sum(key[0] is function for key in _programs)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -114,3 +115,21 @@ def test_methods_share_the_program_that_reads_long_prompts(monkeypatch):
     assert [key[0] for key in programs._programs].count(generate._read_chunk) == 1
     lm.generate(prompt, "h2o:budget=20", max_new_tokens=2)
     assert [key[0] for key in programs._programs].count(generate._read_chunk) == 2
+
+
+def test_programs_compiled_in_a_block_are_forgotten_at_its_end(monkeypatch):
+    monkeypatch.setattr(programs, "_programs", {})
+
+    def double(x):
+        return 2 * x
+
+    def triple(x):
+        return 3 * x
+
+    double, triple, x = jax.jit(double), jax.jit(triple), jnp.ones(3)
+    kept, _ = programs.compiled(double, (), x)
+    with programs.forgetting():
+        programs.compiled(triple, (), x)
+        assert programs.compiled(double, (), x) == (kept, 0.0)
+    assert (programs.count(double), programs.count(triple)) == (1, 0)
+    np.testing.assert_array_equal(kept(x), 2 * x)
