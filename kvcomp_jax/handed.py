@@ -11,12 +11,16 @@ from kvcomp_jax.prompt import PromptCache, as_seen
 
 
 def hands_on(prompt: LayerCache | PromptCache, following: LayerCache | PromptCache) -> bool:
-    """Whether the layer of `following` sees fewer of a prompt's tokens than that of `prompt`."""
+    """Whether the layer of `following` sees fewer of a prompt's tokens than that of `prompt`, which has read it.
+
+    Only where all of a prompt comes in one chunk, which leaves it open: `open_prompt(cache, 0)`.
+    """
     if not isinstance(prompt, PromptCache) or not isinstance(following, PromptCache):
         return False
-    if prompt.policy is None or not prompt.policy.hands_on or prompt.staged is None or following.staged is None:
+    if prompt.policy is None or not prompt.policy.hands_on or prompt.staged is None or not following.in_one_chunk:
         return False
-    return following.staged.k.shape[2] < prompt.staged.k.shape[2]
+    before, after = cast(LayerCache, prompt.base).spec, cast(LayerCache, following.base).spec
+    return after.prompt_tokens < min(before.prompt_tokens, prompt.staged.k.shape[2])
 
 
 def hand_on(prompt: PromptCache, following: PromptCache) -> tuple[jax.Array, jax.Array]:
@@ -31,7 +35,7 @@ def hand_on(prompt: PromptCache, following: PromptCache) -> tuple[jax.Array, jax
     """
     staged, base, after = cast(Exact, prompt.staged), cast(LayerCache, prompt.base), cast(LayerCache, following.base)
     score = base.spec.policy.worth_passing(as_seen(prompt, base, staged), base.window_limit)
-    num_tokens, most = score.shape[1], cast(Exact, following.staged).k.shape[2]
+    num_tokens, most = score.shape[1], after.spec.prompt_tokens
     num = jnp.minimum(_room(after), prompt.filled)
     best = lax.top_k(score, most)[1].astype(jnp.int32)
     index = jnp.sort(jnp.where(jnp.arange(most)[None] < num[:, None], best, num_tokens), -1)

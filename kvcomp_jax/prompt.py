@@ -39,6 +39,11 @@ class PromptCache:
     fresh: bool = static()  # base is empty
     final: bool = static()  # the next chunk is the last; it closes the prompt
 
+    @property
+    def in_one_chunk(self) -> bool:
+        """Whether it is empty, and the whole prompt comes in one chunk that leaves it open."""
+        return self.staged is None and not self.final
+
 
 def open_prompt(
     cache: LayerCache, capacity: int, *, fresh: bool = True, final: bool = False, num_heads: int | None = None
@@ -47,17 +52,17 @@ def open_prompt(
 
     Args:
       cache: An empty cache, or with `fresh=False` one that holds the conversation so far.
-      capacity: Tokens to stage. 0 stages nothing: the whole prompt must then come in one chunk.
+      capacity: Tokens to stage. 0 stages nothing: the whole prompt must then come in one chunk, which leaves its tokens
+        staged until `close_prompt` unless it is `final`.
       fresh: Whether `cache` is empty.
       final: Whether the next chunk is the last one; `attend` then returns the closed cache.
       num_heads: Query heads of the model; needed where the cache's policy judges a staged prompt by its queries.
 
     Raises:
-      ValueError: If `capacity` is negative, or 0 although more than one chunk may come, or `num_heads` is missing or
-        no multiple of the cache's KV heads.
+      ValueError: If `capacity` is negative, or `num_heads` is missing or no multiple of the cache's KV heads.
     """
-    if capacity < 0 or (capacity == 0 and not final):
-        raise ValueError(f"capacity={capacity} must be positive, or 0 with final=True for a prompt in one chunk.")
+    if capacity < 0:
+        raise ValueError(f"capacity={capacity} must be positive, or 0 for a prompt in one chunk.")
     batch, heads, _, head_dim = cache.window.k.shape
     policy, staged, watched = cache.spec.policy, None, None
     if capacity:

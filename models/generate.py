@@ -137,8 +137,8 @@ def prefill(
     whole = jnp.asarray(lengths, jnp.int32)
     rope_len = whole if rope_len is None else rope_len
     extra = pass_tokens(lm, caches, int(lengths.max()))
-    capacity = 0 if passes == 1 and not hands_on and not extra else passes * chunk + extra
-    prompt, bases = (_open_nested if hands_on else _open)(lm, caches, capacity)
+    capacity = 0 if passes == 1 and not extra else passes * chunk + extra
+    prompt, bases = _open(lm, caches, capacity, final=not hands_on)
     logits = jnp.zeros((len(prompts), lm.config.vocab_size))
     work_s = compile_s = 0.0
     for i in range(passes):
@@ -156,23 +156,18 @@ def prefill(
     return logits, caches, work_s + seconds, compile_s + compiling
 
 
-def _open(lm: LanguageModel, caches: tuple[Any, ...], capacity: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Prompts to read chunks with, and the caches that were detached from them; none are if one pass does it all."""
+def _open(
+    lm: LanguageModel, caches: tuple[Any, ...], capacity: int, *, final: bool = True
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Prompts to read chunks with, and the caches that were detached from them; none are if one pass does it all.
+
+    Not `final`: layers hand on what the next one sees before they are closed.
+    """
     heads = lm.config.num_heads
     if not capacity:
-        return tuple(kvc.open_prompt(c, 0, final=True, num_heads=heads) for c in caches), ()
+        return tuple(kvc.open_prompt(c, 0, final=final, num_heads=heads) for c in caches), ()
     bases, prompts = zip(*(kvc.detach(kvc.open_prompt(c, capacity, num_heads=heads)) for c in caches), strict=True)
     return prompts, bases
-
-
-def _open_nested(lm: LanguageModel, caches: tuple[Any, ...], capacity: int) -> tuple[tuple[Any, ...], tuple[None, ...]]:
-    """Prompts for layers that hand on a part of what they see, attached to their caches."""
-    prompts, sizes = [], [capacity]
-    for before, cache in zip((caches[0], *caches), caches, strict=False):
-        fewer = cache.spec.prompt_tokens < before.spec.prompt_tokens
-        sizes.append(cache.spec.prompt_tokens if fewer else sizes[-1])
-        prompts.append(kvc.open_prompt(cache, sizes[-1], num_heads=lm.config.num_heads))
-    return tuple(prompts), (None,) * len(caches)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))

@@ -85,12 +85,14 @@ class Transformer(nn.Module):
         for i in range(c.num_layers):
             rotation = rotations.get(c.ropes[i]) if c.ropes else None
             x, cache = Block(c, i, name=f"layers_{i}")(x, rotation, caches[i] if caches is not None else None, length)
-            out.append(cache)
             if caches is not None and i + 1 < c.num_layers and kvc.hands_on(cache, caches[i + 1]):
                 index, length = kvc.hand_on(cache, caches[i + 1])
                 x, pos = _take(x, index), _take(pos, index)
                 rotations = {rope: tuple(_take(y, index) for y in turned) for rope, turned in rotations.items()}
                 caches = tuple(dataclasses.replace(later, pos=pos) for later in caches)
+            if isinstance(cache, kvc.PromptCache) and caches[i].in_one_chunk:
+                cache = kvc.close_prompt(cache)  # here, so that staged tokens need not outlive the next layer
+            out.append(cache)
         x = Norm(c.norm, c.norm_eps, name="final_norm")(x)
         if logits == "last":
             x = x[:, -1] if length is None else _last_real(x, length)

@@ -14,7 +14,7 @@ from kvcomp_jax.budgets import nested
 from kvcomp_jax.cache import window_pos
 from kvcomp_jax.prompt import as_seen
 from kvcomp_jax.tiers import tier_pos
-from models.generate import _open, _open_nested, _read_chunk
+from models.generate import _open, _read_chunk
 from models.generate import prefill as prefill_model
 from tests.laws.parts import decode, make, qkv, settle
 from tests.laws.parts import prefill as prefill_layer
@@ -93,7 +93,7 @@ def test_what_is_handed_on_has_the_highest_scores_of_the_definition():
     layout = kvc.Layout(num_layers=3, num_kv_heads=2, head_dim=64)
     plan = kvc.parse("pyramid_infer:decay=0.3,min_context=8").plan(layout, max_len=64, prompt_len=60)
     _, before, after = plan.init(batch=1, dtype=jnp.float32)
-    seen = kvc.open_prompt(before, 64, num_heads=6)
+    seen = kvc.open_prompt(before, 0)
     pad = [jnp.pad(x, ((0, 0), (0, 4), (0, 0), (0, 0))) for x in (q, k, v)]
     _, seen = kvc.attend(seen, *pad, jnp.array([tokens]))
     policy = before.spec.policy
@@ -106,7 +106,7 @@ def test_what_is_handed_on_has_the_highest_scores_of_the_definition():
     assert np.isneginf(score[tokens:]).all()
     room = after.spec.prompt_tokens
     assert room == 13 + int(47 * 0.825)
-    following = kvc.open_prompt(after, room, num_heads=6)
+    following = kvc.open_prompt(after, 0)
     assert kvc.hands_on(seen, following)
     index, num = kvc.hand_on(seen, following)
     best = np.argsort(-score[:tokens], kind="stable")[:room]
@@ -121,8 +121,7 @@ def test_deeper_layers_compute_fewer_tokens():
     def operations(text):
         plan = kvc.parse(text).plan(lm.config.layout, max_len=256, prompt_len=256)
         caches = jax.eval_shape(lambda: plan.init(batch=1, dtype=lm.dtype))
-        opened = _open_nested if text != "full" else _open
-        prompts = jax.eval_shape(lambda cs: opened(lm, cs, 256)[0], caches)
+        prompts = jax.eval_shape(lambda cs: _open(lm, cs, 0, final=text == "full")[0], caches)
         shapes = (jax.ShapeDtypeStruct((1, 256), jnp.int32), *(jax.ShapeDtypeStruct((1,), jnp.int32),) * 2)
         logits = jax.ShapeDtypeStruct((1, lm.config.vocab_size), jnp.float32)
         return _read_chunk.lower(lm.model, lm.params, *shapes, logits, prompts).as_text()
