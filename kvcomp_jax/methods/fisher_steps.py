@@ -28,7 +28,7 @@ def calibrate(layer: Activations, *, num_sinks: int = 4) -> dict[str, np.ndarray
     bits="2 to 5, as data need",
     source="kvcomp_jax; steps and coding after Gish and Pierce 1968, sensitivity as in KVQuant, arXiv:2401.18079",
     advice="Little loss at 3 bits and more, once calibrated; entropy decoding and RoPE at every read cost time.",
-    settings=("k_step=0.44,v_step=0.36", "k_step=0.55,v_step=0.45", "k_step=1.25,v_step=1.02"),
+    settings=("k_step=0.44,v_step=0.36", "k_step=0.73,v_step=0.59,spare=0.4", "k_step=1.6,v_step=1.3,spare=0.35"),
     calibrate=calibrate,
 )
 def fisher_steps(
@@ -36,7 +36,7 @@ def fisher_steps(
     *,
     k_step: float = 0.53,
     v_step: float = 0.43,
-    spare: float | None = 1.0,
+    spare: float | None = 0.6,
     num_sinks: int = 4,
     block_size: int = 20,
     calibration: str = "auto",
