@@ -174,7 +174,7 @@ def _note(method: str, held: kvc.Bytes, measured: dict[str, Any], bench: Bench) 
         parts.append("no bytes saved")
     if "recall_hit_rate" in measured:
         hits, moved = measured["recall_hit_rate"], measured["recall_bytes_per_step"]
-        parts.append(f"{hits:.0%} of pages at hand, {moved / 1e3:.1f} kB recalled a step")
+        parts.append(f"{hits:.0%} of pages wanted at hand, {moved / 1e3:.1f} kB recalled a step")
     return "; ".join(parts)
 
 

@@ -33,9 +33,9 @@ class Bytes(NamedTuple):
 class Recalls(NamedTuple):
     """What queries of rungs with pages at hand did over all layers, rows and groups of heads since their prompts.
 
-    wanted: Pages among the best of a step, at hand or not. recalled: Those that were not, and were brought in.
-    bytes: What the latter hold, keys and values; it moves where rungs stand in host memory. A batch moves as many pages
-    for each row as for the one that misses most.
+    wanted: Pages that were looked for: the best of a step, or all that it reads. recalled: Those that were not at hand,
+    and were brought in. bytes: What the latter hold, keys and values; it moves where rungs stand in host memory. A
+    batch moves as many pages for each row and head as for the one that misses most, some at a time (`fetch_into`).
     """
 
     wanted: int
@@ -72,8 +72,9 @@ def recalls(caches: Any) -> Recalls:
         for tier in cache.tiers:
             if tier.lookup is None or tier.lookup.resident is None:
                 continue
-            resident, size = tier.lookup.resident, tier.lookup.lookup.index.page_size
-            bits = sum(codec.size(size, heads, head_dim)[0] for codec in (tier.k_codec, tier.v_codec))
+            resident, lookup = tier.lookup.resident, tier.lookup.lookup
+            codecs, size = (tier.k_codec, tier.v_codec), lookup.index.page_size
+            bits = lookup.lists * sum(codec.size(size, heads, head_dim)[0] for codec in codecs)
             wanted, recalled = int(np.asarray(resident.wanted).sum()), int(np.asarray(resident.recalled).sum())
             moved = recalled * bits // 8 // resident.page.shape[1]
             total = Recalls(total.wanted + wanted, total.recalled + recalled, total.bytes + moved)

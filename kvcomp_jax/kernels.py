@@ -75,6 +75,8 @@ def _of_lookup(codecs: tuple[str, str], tier: Tier, queries: Queries, num_sinks:
     with recording() as choices:
         jax.eval_shape(lambda q, t: attend_selected(q, t, num_sinks), queries, tier)
     if not choices:
-        why = f"no read of selected pages in place for keys of {codecs[0]} and values of {codecs[1]} by this index."
-        return TierKernel(codecs, "gather, dot and mix", "xla", (("fused", why),))
+        copied = tier.lookup is not None and tier.lookup.pool is not None
+        what = "fused read of copies" if copied else "read of selected pages in place"
+        why = f"no {what} for keys of {codecs[0]} and values of {codecs[1]} by this index."
+        return TierKernel(codecs, "dot and mix" if copied else "gather, dot and mix", "xla", (("fused", why),))
     return TierKernel(codecs, choices[-1].operation, choices[-1].backend, choices[-1].reasons)

@@ -19,6 +19,7 @@ class Layout:
 
     Attributes:
       num_layers, num_kv_heads, head_dim: Sizes.
+      num_heads: Query heads, a multiple of num_kv_heads; None if unknown.
       sliding_windows: Tokens that queries of each layer see, None for all; empty means None everywhere.
       max_positions: Positions that the model was made for; None if it has no limit.
       ropes: How keys of each layer are rotated, None for not at all; empty means None everywhere.
@@ -34,8 +35,11 @@ class Layout:
     ropes: tuple[Rotary | None, ...] = ()
     fingerprint: str | None = None
     calibrations: str | None = None
+    num_heads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.num_heads is not None and (self.num_heads < 1 or self.num_heads % self.num_kv_heads):
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}.")
         for name in ("sliding_windows", "ropes"):
             given = getattr(self, name)
             if given and len(given) != self.num_layers:

@@ -59,6 +59,7 @@ class ModelConfig:
             sliding_windows=self.sliding_windows,
             max_positions=self.max_positions,
             ropes=tuple(rotary(rope) for rope in self.ropes),
+            num_heads=self.num_heads,
         )
 
     @classmethod

@@ -32,8 +32,9 @@ def cluster_kv(
     `budget` counts sinks and clustered tokens, as in the paper; tokens since the last `window` that was clustered are
     read on top of it. `clusters` None is one for every 80 tokens of a prompt. Defaults are the paper's: each query head
     selects for itself ("kv": the query heads of a KV head together), 20 rounds of k-means, 16 sinks, two layers that
-    read everything. Draws are seeded. `memory` "host" keeps the clustered tokens in host memory and brings those that
-    a step reads; the paper's code keeps them for the next step, here they are brought again.
+    read everything. Draws are seeded. `memory` "host" keeps the clustered tokens in host memory and, on the device,
+    copies of those that the last step read, `budget` for each query head (or KV head); a step brings those of its own
+    that are not among them, in place of those it does not read. That is the paper's cluster cache with R = 1.
     """
     if clusters is not None and clusters < 1:
         raise ValueError(f"clusters={clusters} must be at least 1.")

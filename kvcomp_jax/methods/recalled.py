@@ -36,7 +36,8 @@ def recalled(
       counted: Tokens of the budget for those that wait for their block; None is `block_size`.
 
     Raises:
-      ValueError: If the budget leaves no page to choose, unless it is a fraction: then it is one page at least.
+      ValueError: If the budget leaves no page to choose, unless it is a fraction: then it is one page at least; or if
+        copies on the device shall be of what each query head reads, and nobody says how many there are.
     """
     layers = context.layout.num_layers
     if full_layers < 0:
@@ -54,8 +55,19 @@ def recalled(
     whole = full(context)
     if total >= context.max_len:  # all is always read
         return (whole,) * layers
-    lookup = Lookup(index, tokens, recalls, memory)
+    lists = _query_heads(context) if memory == "host" and index.heads == "query" else 1
+    lookup = Lookup(index, tokens, recalls, memory, lists)
     rung = dataclasses.replace(exact_rung(room(context.max_len, block_size)), lookup=lookup)
     policy = Recency(num_sinks=num_sinks, num_queries=lookup.num_queries)
     spec = LayerSpec(rungs=(rung,), policy=policy, window=window, block_size=block_size)
     return (whole,) * full_layers + (spec,) * (layers - full_layers)
+
+
+def _query_heads(context: Context) -> int:
+    """Query heads of a KV head."""
+    if context.layout.num_heads is None:
+        raise ValueError(
+            "memory='host' with heads='query' keeps at hand what each query head reads: state Layout.num_heads, or let "
+            "those of a KV head read the same (heads=kv)."
+        )
+    return context.layout.num_heads // context.layout.num_kv_heads

@@ -142,8 +142,10 @@ class Centroids(Index):
     def select(
         self, scores: jax.Array, summary: Clusters, filled: jax.Array, limit: jax.Array, num_pages: int
     ) -> Selection:
-        """Whole clusters, the best first, until the limit cuts the last one."""
-        del filled
+        """Whole clusters, the best first, until the limit cuts the last one.
+
+        What enters a full rung overwrites its oldest and is read as those were: its own clusters lie beyond the end.
+        """
         # One more than are asked for: all of them, XLA would sort, which on CPU takes five times as long.
         more = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=-jnp.inf)
         order = lax.top_k(more, scores.shape[-1])[1]  # [B, K, G, C]
@@ -160,7 +162,7 @@ class Centroids(Index):
 
         page = of(begin - until + touched) + place[None, None, None]
         live = (rank < until.shape[-1]) & (place[None] < (limit // self.page)[:, None])[:, None, None]
-        page = jnp.where(live, page, -1)
+        page = jnp.where(live & (page * self.page < filled[:, None, None, None]), page, -1)
         if self.page == 1:  # no token is of two clusters
             return Selection(page=page, first=jnp.zeros_like(page), end=jnp.ones_like(page))
         return Selection(

@@ -13,6 +13,8 @@ from jax.experimental.compute_on import compute_on
 
 from kvcomp_jax.units import put
 
+FETCHED = 32  # tokens of a list that one transfer brings: few transfers if much is missing, small ones if little is
+
 
 def to_host(tree: Any) -> Any:
     """Move arrays to pinned host memory."""
@@ -59,17 +61,36 @@ def store(rows: Any, page: jax.Array, new: Any, num_pages: int) -> Any:
     return jax.tree.map(one, rows, new)
 
 
-def fetch_into(pool: Any, rows: Any, page: jax.Array, slot: jax.Array, num_pages: int, num_slots: int) -> Any:
-    """Bring pages i32[B, K, n], -1 = none, from the host to slots i32[B, K, n] of a pool of pages on the device.
+def fetch_into(
+    pool: Any, rows: Any, page: jax.Array, slot: jax.Array, *, num_pages: int, num_slots: int, page_size: int
+) -> Any:
+    """Bring pages of rows in host memory to a pool on the device.
 
-    One at a time, as often as the row and head that misses most needs: what is at hand does not move.
+    `FETCHED` tokens at a time, as often as the row and head that misses most needs: what is at hand does not move.
+
+    Args:
+      pool: Arrays [B, K * G, ...] of `num_slots` pages: G lists of pages for each of the K heads of `rows`.
+      rows: Arrays [B, K, ...] of `num_pages` pages.
+      page: i32[B, K * G, n], -1 = none; none before others.
+      slot: i32[B, K * G, n], where each goes; beyond the last for none.
+      page_size: Tokens.
     """
+    at_once = min(max(FETCHED // page_size, 1), page.shape[2])
+    rest = ((0, 0), (0, 0), (0, -page.shape[2] % at_once))
+    page, slot = jnp.pad(page, rest, constant_values=-1), jnp.pad(slot, rest, constant_values=num_slots)
+
+    def bring(rows: jax.Array, pool: jax.Array, page: jax.Array) -> jax.Array:
+        batch, heads, *_ = rows.shape
+        found = fetch(rows, page[:, : pool.shape[1]].reshape(batch, heads, -1), num_pages)
+        return found.reshape(batch, pool.shape[1], -1, *found.shape[3:])
 
     def body(i: jax.Array, pool: Any) -> Any:
-        mine, at = (lax.dynamic_slice_in_dim(x, i, 1, 2) for x in (page, slot))
-        return put(pool, at, fetch(rows, jnp.maximum(mine, 0), num_pages), num_slots)
+        mine, at = (lax.dynamic_slice_in_dim(x, i * at_once, at_once, 2) for x in (page, slot))
+        new = jax.tree.map(lambda x, y: bring(x, y, jnp.maximum(mine, 0)), rows, pool)
+        return put(pool, at, new, num_slots)
 
-    return lax.fori_loop(0, (page >= 0).sum(-1).max(), body, pool)
+    num = (page >= 0).sum(-1).max()
+    return lax.fori_loop(0, (num + at_once - 1) // at_once, body, pool)
 
 
 def _flat(page: jax.Array, num_pages: int) -> jax.Array:

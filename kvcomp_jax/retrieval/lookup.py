@@ -2,15 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from kvcomp_jax.codecs import Codec
-from kvcomp_jax.retrieval.base import Index, Selection, Summary, by_head, over_heads
+from kvcomp_jax.retrieval.base import Index, Selection, Summary, by_head
 from kvcomp_jax.retrieval.host import fetch_into, store, to_host
-from kvcomp_jax.retrieval.resident import Residents, admit, keep_best, no_residents, recall, slot_of
+from kvcomp_jax.retrieval.resident import Residents, admit, hold, keep_best, no_residents, recall, slot_of
 from kvcomp_jax.types import pytree, static
 from kvcomp_jax.units import put, take
 
@@ -22,14 +22,16 @@ class Lookup:
     `recalls` None: what the query ranks highest. A number: all pages at hand, `tokens` of them, into which a step
     brings the missing ones of the `recalls` best, in place of those it ranks lowest. After a prompt the best pages by
     the mean of all heads of its last query are at hand; a page that enters later is, if there is room.
-    `memory` says where the rung's rows stand: on the "device", or in "host" memory, from where what is read is brought
-    each step, or kept on the device as long as it is at hand.
+    `memory` says where the rung's rows stand: on the "device", or in "host" memory, from where what is not at hand is
+    brought to copies on the device, `tokens` for each list of pages; at hand is then, without `recalls`, what the last
+    query read. `lists` are those of a KV head: its query heads where they read for themselves, else 1.
     """
 
     index: Index
     tokens: int
     recalls: int | None = None
     memory: str = "device"
+    lists: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens < self.index.page_size:
@@ -38,6 +40,8 @@ class Lookup:
             )
         if self.memory not in ("device", "host"):
             raise ValueError(f"memory={self.memory!r} must be 'device' or 'host'.")
+        if self.lists < 1 or (self.lists > 1 and self.index.heads != "query"):
+            raise ValueError(f"lists={self.lists} must be at least 1, and is 1 unless query heads read for themselves.")
         if self.recalls is not None:
             if self.recalls < 1:
                 raise ValueError(f"recalls={self.recalls} must be at least 1 page a step.")
@@ -54,8 +58,8 @@ class Lookup:
 
     @property
     def pools(self) -> bool:
-        """Whether pages at hand are copies on the device of rows in host memory."""
-        return self.recalls is not None and self.memory == "host"
+        """Whether what is read are copies on the device of rows in host memory."""
+        return self.memory == "host"
 
     @property
     def num_queries(self) -> int:
@@ -85,14 +89,15 @@ class Lookup:
         rows: Callable[[int], Any],
     ) -> "LookupState":
         """The state of an empty rung; `rows` makes encodings of K and V of so many tokens."""
-        groups = self.index.num_groups(num_kv_heads)
+        groups, counted = self.index.num_groups(num_kv_heads) * self.lists, self.pools or self.recalls is not None
+        pool = rows(self.num_pages * self.index.page_size) if self.pools else None
         return LookupState(
             lookup=self,
             summary=self.index.empty(batch, num_kv_heads, capacity, block_size, head_dim, dtype),
             limit=jnp.full(batch, self.tokens, jnp.int32),
             recalls=None if self.recalls is None else jnp.full(batch, self.recalls, jnp.int32),
-            resident=None if self.recalls is None else no_residents(batch, groups, self.num_pages),
-            pool=rows(self.num_pages * self.index.page_size) if self.pools else None,
+            resident=no_residents(batch, groups, self.num_pages) if counted else None,
+            pool=jax.tree.map(lambda x: jnp.repeat(x, self.lists, 1), pool),
         )
 
 
@@ -105,7 +110,7 @@ class LookupState:
     limit: jax.Array  # i32[B], tokens that a query of this row reads, <= lookup.tokens
     recalls: jax.Array | None  # i32[B], pages that a step looks whether to bring in, <= lookup.recalls
     resident: Residents | None
-    pool: Any  # encodings of K and V of the pages at hand, if these are copies
+    pool: Any  # encodings of K and V of the pages at hand, [B, K * lists, ...], if these are copies
 
     def choose(
         self, q: jax.Array, filled: jax.Array, real: jax.Array, rows: Any, num_pages: int
@@ -119,23 +124,50 @@ class LookupState:
           rows: Encodings of K and V of the rung. num_pages: Its pages.
 
         Returns:
-          A selection, of the pool's pages if there is one, and the state.
+          A selection with K' in place of K, see `Index.pooled`, and the state, with what is read at hand.
         """
-        index = self.lookup.index
+        index, size = self.lookup.index, self.lookup.index.page_size
         scores = index.pooled(index.rank(q, self.summary))
-        if self.resident is None or self.recalls is None:
+        if self.recalls is None:
             chosen = index.select(scores, self.summary, filled, self.limit, self.lookup.num_pages)
-            return over_heads(chosen, q.shape[1]), self
-        size, recalls = index.page_size, jnp.where(real, self.recalls, 0)
-        sizes = (filled // size, self.limit // size, recalls)
-        resident, new, slot = recall(self.resident, scores[:, :, 0], *sizes, most=self.lookup.recalls or 0)
-        page, pool = resident.page[:, :, None], self.pool
-        if pool is not None:
-            heads = q.shape[1]
-            pool = fetch_into(pool, rows, by_head(new, heads), by_head(slot, heads), num_pages, page.shape[-1])
-            page = jnp.where(page >= 0, jnp.arange(page.shape[-1])[None, None, None], -1)
-        chosen = Selection(page=page, first=None, end=jnp.full_like(page, size))
-        return over_heads(chosen, q.shape[1]), dataclasses.replace(self, resident=resident, pool=pool)
+            if self.resident is None:
+                return chosen, self
+            if chosen.page.shape[2] != self.lookup.lists:
+                raise ValueError(
+                    f"lists={self.lookup.lists} are kept at hand of a KV head, and {chosen.page.shape[2]} are read: "
+                    "state Layout.num_heads as the model has them."
+                )
+            wanted = chosen.page.reshape(*self.resident.page.shape[:2], -1)
+            resident, new, slot = hold(self.resident, wanted, real, num_pages)
+        else:
+            sizes = (filled // size, self.limit // size, jnp.where(real, self.recalls, 0))
+            held = cast(Residents, self.resident)
+            resident, new, slot = recall(held, scores[:, :, 0], *sizes, most=self.lookup.recalls or 0)
+            page = resident.page[:, :, None]
+            chosen = Selection(page=page, first=None, end=jnp.full_like(page, size))
+        state = dataclasses.replace(self, resident=resident)
+        if self.pool is None:
+            return chosen, state
+        new, slot = (by_head(x, q.shape[1] * self.lookup.lists) for x in (new, slot))
+        pool = fetch_into(
+            self.pool, rows, new, slot, num_pages=num_pages, num_slots=self.lookup.num_pages, page_size=size
+        )
+        return chosen, dataclasses.replace(state, pool=pool)
+
+    def copies_read(self, chosen: Selection, num_pages: int) -> jax.Array:
+        """Which tokens of the pool's pages a selection reads, all of which are at hand: bool[B, g, tokens]."""
+        size, page = self.lookup.index.page_size, cast(Residents, self.resident).page
+        if chosen.first is None or size == 1:  # whole pages, and no others are at hand
+            return jnp.repeat(page >= 0, size, -1)
+        wanted, first, end = (x.reshape(*page.shape[:2], -1) for x in (chosen.page, chosen.first, chosen.end))
+        slot = jnp.take_along_axis(slot_of(page, num_pages), jnp.maximum(wanted, 0), -1)
+        here = (wanted >= 0) & (slot >= 0)  # rows without a query brought nothing
+        # A page may be read in parts; +1 where one begins and -1 where it ends.
+        b, g = jnp.arange(page.shape[0])[:, None, None], jnp.arange(page.shape[1])[None, :, None]
+        edges = jnp.zeros((*page.shape[:2], page.shape[2] * size + 1), jnp.int32)
+        for at, change in ((first, 1), (end, -1)):
+            edges = edges.at[b, g, jnp.where(here, slot * size + at, edges.shape[2])].add(change, mode="drop")
+        return jnp.cumsum(edges, -1)[..., :-1] > 0
 
     def from_prompt(
         self, keys: jax.Array, count: jax.Array, query: jax.Array | None
@@ -143,7 +175,7 @@ class LookupState:
         """See `Index.from_prompt`; query f32[B, K, G, D] is the prompt's last, needed where pages are at hand."""
         index, resident = self.lookup.index, self.resident
         summary, order = index.from_prompt(self.summary, keys, count)
-        if resident is not None:
+        if resident is not None and self.recalls is not None:
             if query is None:
                 raise TypeError("a lookup with recalls needs a policy that keeps the prompt's last query.")
             scores = index.rank(query, summary).mean((1, 2))[:, None]
@@ -154,7 +186,7 @@ class LookupState:
         """See `Index.add`."""
         index, resident = self.lookup.index, self.resident
         summary, order = index.add(self.summary, keys, first, due)
-        if resident is not None:
+        if resident is not None and self.recalls is not None:
             size = index.page_size
             page = (first // size)[:, None] + jnp.arange(keys.shape[2] // size)[None]
             resident, _ = admit(resident, jnp.where(due[:, None], page, -1), self.limit // size)
@@ -165,19 +197,18 @@ class LookupState:
         if self.lookup.memory == "device":
             return rows, self
         pool = self.pool
-        if self.resident is not None:
-            pool = take(rows, jnp.maximum(by_head(self.resident.page, num_kv_heads), 0), num_pages)
+        if self.recalls is not None:
+            page = cast(Residents, self.resident).page
+            pool = take(rows, jnp.maximum(by_head(page, num_kv_heads), 0), num_pages)
         return to_host(rows), dataclasses.replace(self, pool=pool)
 
     def store(self, rows: Any, page: jax.Array, new: Any, num_pages: int) -> tuple[Any, "LookupState"]:
         """Write a block's encodings to pages i32[B, K, n] on the host, -1 = none, and to the pool those at hand."""
-        pool = self.pool
-        if self.resident is not None:
-            slots = self.resident.page.shape[-1]
-            at = jnp.take_along_axis(
-                by_head(slot_of(self.resident.page, num_pages), page.shape[1]), jnp.maximum(page, 0), -1
-            )
-            pool = put(pool, jnp.where((page >= 0) & (at >= 0), at, slots), new, slots)
+        held, lists = cast(Residents, self.resident).page, self.lookup.lists
+        listed, copies = jax.tree.map(lambda x: jnp.repeat(x, lists, 1), (page, new))
+        at = jnp.take_along_axis(by_head(slot_of(held, num_pages), listed.shape[1]), jnp.maximum(listed, 0), -1)
+        slots = held.shape[-1]
+        pool = put(self.pool, jnp.where((listed >= 0) & (at >= 0), at, slots), copies, slots)
         return store(rows, page, new, num_pages), dataclasses.replace(self, pool=pool)
 
     def limited(self, lookups: list["Lookup | None"]) -> "LookupState":

@@ -1,7 +1,6 @@
 """Reading a rung through its index: rank, gather what was selected, attend to that and nothing else."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -10,10 +9,19 @@ from jax import lax
 
 from kvcomp_jax.attention import AttnState, from_logits, merge, unit
 from kvcomp_jax.codecs import Affine, Identity
-from kvcomp_jax.retrieval.base import Selection
-from kvcomp_jax.retrieval.host import fetch
+from kvcomp_jax.retrieval.base import Selection, by_head, over_heads
 from kvcomp_jax.retrieval.lookup import LookupState
-from kvcomp_jax.tiers import READ_BLOCK, Queries, Tier, as_stored, filled_slots, logits_of, mix_of, tier_pos
+from kvcomp_jax.tiers import (
+    READ_BLOCK,
+    Queries,
+    Tier,
+    as_stored,
+    attend_tier,
+    filled_slots,
+    logits_of,
+    mix_of,
+    tier_pos,
+)
 from kvcomp_jax.units import take
 from pallas_kernels.gather_decode import gather_decode
 
@@ -31,8 +39,11 @@ def attend_selected(queries: Queries, tier: Tier, num_sinks: int) -> tuple[AttnS
 
     def step(state: LookupState, x: tuple[jax.Array, jax.Array]) -> tuple[LookupState, AttnState]:
         q, real = x  # [B, K, G, D], [B]
-        chosen, state = state.choose(q, filled_slots(tier), real, (tier.k, tier.v), tier.capacity // page_size)
-        return state, _attend(dataclasses.replace(queries, q=q), _at_hand(tier, state), num_sinks, chosen)
+        num_pages, mine = tier.capacity // page_size, dataclasses.replace(queries, q=q)
+        chosen, state = state.choose(q, filled_slots(tier), real, (tier.k, tier.v), num_pages)
+        if state.pool is not None:
+            return state, _attend_copies(mine, tier, state, state.copies_read(chosen, num_pages))
+        return state, _attend(mine, tier, num_sinks, over_heads(chosen, heads))
 
     if num_tokens == 1:
         state, out = step(state, (by_token[:, :, :, 0], real[:, 0]))
@@ -42,21 +53,29 @@ def attend_selected(queries: Queries, tier: Tier, num_sinks: int) -> tuple[AttnS
     return joined, dataclasses.replace(tier, lookup=state)
 
 
-def _at_hand(tier: Tier, state: LookupState) -> Tier:
-    """A tier of the copies at hand, where there are some."""
-    if state.pool is None:
-        return tier
-    capacity = state.lookup.num_pages * state.lookup.index.page_size
+def _attend_copies(queries: Queries, tier: Tier, state: LookupState, live: jax.Array) -> AttnState:
+    """Attend from q [B, K, G, D] to the copies at hand that are `live` bool[B, g, S], as to a small tier.
+
+    They stand side by side, so that nothing is gathered. What is not live has no position.
+    """
+    shape, lists = queries.q.shape, state.lookup.lists
+    k_codec, v_codec = jax.tree.map(lambda x: jnp.repeat(x, lists, 1), (tier.k_codec, tier.v_codec))
+    capacity, (k, v) = live.shape[-1], state.pool
     whole = jnp.full_like(tier.entered, capacity)
-    k, v = state.pool
-    return dataclasses.replace(tier, k=k, v=v, capacity=capacity, entered=whole, limit=whole)
+    pos = by_head(jnp.where(live, 0, -1), shape[1] * lists)
+    copies = {"k_codec": k_codec, "v_codec": v_codec, "k": k, "v": v, "pos": pos, "lookup": None}
+    copies |= {"capacity": capacity, "entered": whole, "limit": whole}
+    q = queries.q.reshape(shape[0], shape[1] * lists, -1, shape[3])
+    queries = dataclasses.replace(queries, q=q, pos=jnp.zeros((shape[0], q.shape[2]), jnp.int32))
+    found = attend_tier(queries, dataclasses.replace(tier, **copies), 0)
+    return jax.tree.map(lambda x: x.reshape(*shape[:3], *x.shape[3:]), found)
 
 
 def _attend(queries: Queries, tier: Tier, num_sinks: int, chosen: Selection) -> AttnState:
     """Attend from q [B, K, G, D] to a selection, in the bases that the rows are stored in."""
     stored = as_stored(tier)
     entered = dataclasses.replace(queries, q=tier.k_codec.enter(queries.q))
-    if chosen.first is None and fused(tier) and not _read_from_host(tier):
+    if chosen.first is None and fused(tier):
         state = _attend_fused(entered, stored, chosen.page)
     else:
         state = _attend_gathered(entered, stored, num_sinks, chosen)
@@ -67,11 +86,6 @@ def fused(tier: Tier) -> bool:
     """Whether a kernel reads the pages of a tier `as_stored` where they stand."""
     codecs = (tier.k_codec, tier.v_codec)
     return not any(codec.uses_pos for codec in codecs) and all(isinstance(c, Identity | Affine) for c in codecs)
-
-
-def _read_from_host(tier: Tier) -> bool:
-    lookup = cast(LookupState, tier.lookup)
-    return lookup.lookup.memory == "host" and lookup.pool is None
 
 
 def _attend_fused(queries: Queries, tier: Tier, page: jax.Array) -> AttnState:
@@ -112,13 +126,13 @@ def _attend_gathered(queries: Queries, tier: Tier, num_sinks: int, chosen: Selec
     k_codec, v_codec = jax.tree.map(lambda x: jnp.repeat(x, lists, 1), (tier.k_codec, tier.v_codec))
     queries = dataclasses.replace(queries, q=queries.q.reshape(shape[0], shape[1] * lists, -1, shape[3]))
 
-    def gather(bring: Callable[..., Any], rows: Any, page: jax.Array) -> Any:
+    def gather(rows: Any, page: jax.Array) -> Any:
         """Pages i32[B, K, G, n] of rows [B, K, S, ...] as [B, K * G, n * page_size, ...]."""
-        found = bring(rows, jnp.maximum(page, 0).reshape(*page.shape[:2], -1), num_pages)
+        found = take(rows, jnp.maximum(page, 0).reshape(*page.shape[:2], -1), num_pages)
         return jax.tree.map(lambda x: x.reshape(x.shape[0], x.shape[1] * lists, -1, *x.shape[3:]), found)
 
     def block(mine: Selection) -> AttnState:
-        k, v = gather(fetch if _read_from_host(tier) else take, (tier.k, tier.v), mine.page)
+        k, v = gather((tier.k, tier.v), mine.page)
         slot = jnp.arange(size, dtype=jnp.int32)[None, None, None, None]
         live = (slot < mine.end[..., None]) & (mine.page >= 0)[..., None]
         if mine.first is not None:
@@ -127,7 +141,7 @@ def _attend_gathered(queries: Queries, tier: Tier, num_sinks: int, chosen: Selec
         pos = jnp.zeros((*live.shape[:2], live.shape[3]), jnp.int32)
         if k_codec.uses_pos or v_codec.uses_pos:
             every = jnp.broadcast_to(tier_pos(tier, num_sinks), (*shape[:2], tier.capacity))
-            pos = gather(take, every, mine.page)
+            pos = gather(every, mine.page)
         return from_logits(logits_of(queries, k_codec, k, pos), live, mix_of(v_codec, v, pos))[0]
 
     def body(i: jax.Array, state: AttnState) -> AttnState:

@@ -1,4 +1,4 @@
-"""Pages that are at hand: queries read all of them, and a step brings in few others."""
+"""Pages that are at hand, of which a step brings in others: a few that rank high, or all that it reads."""
 
 import dataclasses
 
@@ -12,28 +12,28 @@ from pallas_kernels.gather_decode import page_top_k
 
 @pytree
 class Residents:
-    """Which pages of a rung are at hand, for g groups of KV heads, and what was counted so far."""
+    """Which pages of a rung are at hand, for g groups of heads that read the same, and what was counted so far."""
 
     page: jax.Array  # i32[B, g, c], page in each slot, -1 = none; no page twice
-    recalled: jax.Array  # i32[B], pages brought in, a group counting alone
-    wanted: jax.Array  # i32[B], pages that were among the best, at hand or not
+    recalled: jax.Array  # i32[B, g], pages brought in
+    wanted: jax.Array  # i32[B, g], pages that were looked for, at hand or not
 
 
 def no_residents(batch: int, groups: int, num_slots: int) -> Residents:
     """Nothing at hand."""
     return Residents(
         page=jnp.full((batch, groups, num_slots), -1, jnp.int32),
-        recalled=jnp.zeros(batch, jnp.int32),
-        wanted=jnp.zeros(batch, jnp.int32),
+        recalled=jnp.zeros((batch, groups), jnp.int32),
+        wanted=jnp.zeros((batch, groups), jnp.int32),
     )
 
 
 def slot_of(page: jax.Array, num_pages: int) -> jax.Array:
-    """The inverse of a table page i32[B, g, c]: in which slot each page is, i32[B, g, N], -1 = in none."""
+    """The inverse of a table page i32[B, g, c]: in which slot each page is, the last, i32[B, g, N], -1 = in none."""
     b, g = jnp.arange(page.shape[0])[:, None, None], jnp.arange(page.shape[1])[None, :, None]
     slot = jnp.broadcast_to(jnp.arange(page.shape[2], dtype=jnp.int32), page.shape)
     none = jnp.full((*page.shape[:2], num_pages), -1, jnp.int32)
-    return none.at[b, g, jnp.where(page >= 0, page, num_pages)].set(slot, mode="drop")
+    return none.at[b, g, jnp.where(page >= 0, page, num_pages)].max(slot, mode="drop")
 
 
 def keep_best(residents: Residents, scores: jax.Array, num_live: jax.Array, num_slots: jax.Array) -> Residents:
@@ -89,24 +89,67 @@ def recall(
     live = (jnp.arange(num_pages)[None] < num_live[:, None])[:, None]
     best = page_top_k(scores, live.astype(jnp.int32), most)
     best = jnp.where((jnp.arange(most)[None] < jnp.minimum(num_slots, recalls)[:, None])[:, None], best, -1)
-    at = jnp.take_along_axis(slot_of(residents.page, num_pages), jnp.maximum(best, 0), -1)
-    missing = (best >= 0) & (at < 0)
+    missing = (best >= 0) & (_at(slot_of(residents.page, num_pages), best) < 0)
     # Those missing to the front, against the worst residents in turn; slots that are free come before all of them.
     new = jnp.take_along_axis(jnp.where(missing, best, -1), jnp.argsort(~missing, -1, stable=True), -1)
-    worth = jnp.take_along_axis(scores, jnp.maximum(residents.page, 0), -1)
-    worth = jnp.where(residents.page < 0, -jnp.inf, worth)
+    worth = jnp.where(residents.page < 0, -jnp.inf, _at(scores, residents.page))
     worth = jnp.where((jnp.arange(slots)[None] < num_slots[:, None])[:, None], worth, jnp.inf)
     victim = lax.top_k(-worth, most)[1].astype(jnp.int32)
     slot = jnp.where(new >= 0, victim, slots)
     return (
         Residents(
             page=_write(residents.page, slot, new),
-            recalled=residents.recalled + missing.sum((1, 2)),
-            wanted=residents.wanted + (best >= 0).sum((1, 2)),
+            recalled=residents.recalled + missing.sum(-1),
+            wanted=residents.wanted + (best >= 0).sum(-1),
         ),
         new,
         slot,
     )
+
+
+def hold(
+    residents: Residents, wanted: jax.Array, real: jax.Array, num_pages: int
+) -> tuple[Residents, jax.Array, jax.Array]:
+    """Have the wanted pages at hand and no others: those missing take the slots of those no longer wanted.
+
+    Args:
+      residents: At hand.
+      wanted: i32[B, g, n], -1 = none, n <= c; a page may come twice.
+      real: bool[B]; other rows stay as they are.
+      num_pages: Of the rung.
+
+    Returns:
+      As `recall`, for n pages.
+    """
+    num, slots = wanted.shape[-1], residents.page.shape[-1]
+    entry = slot_of(wanted, num_pages)
+    stays = (residents.page >= 0) & (_at(entry, residents.page) >= 0)
+    once = (wanted >= 0) & (_at(entry, wanted) == jnp.arange(num)[None, None]) & real[:, None, None]
+    missing = once & (_at(slot_of(residents.page, num_pages), wanted) < 0)
+    new = jnp.take_along_axis(wanted, _true_ones(missing), -1, mode="fill", fill_value=-1)
+    slot = jnp.where(new >= 0, _true_ones(~stays)[..., :num], slots)
+    page = jnp.where(stays | ~real[:, None, None], residents.page, -1)
+    return (
+        Residents(
+            page=_write(page, slot, new),
+            recalled=residents.recalled + missing.sum(-1),
+            wanted=residents.wanted + once.sum(-1),
+        ),
+        new,
+        slot,
+    )
+
+
+def _at(table: jax.Array, page: jax.Array) -> jax.Array:
+    """Entries of a table [B, g, N] for pages i32[B, g, c]; any where there is none."""
+    return jnp.take_along_axis(table, jnp.maximum(page, 0), -1)
+
+
+def _true_ones(mask: jax.Array) -> jax.Array:
+    """Where bool[B, g, c] is true, from the first on, then c: i32[B, g, c]. A sort takes XLA on CPU eight times."""
+    num = mask.shape[-1]
+    rank = jnp.where(mask, jnp.cumsum(mask, -1) - 1, num)
+    return _write(jnp.full(mask.shape, num, jnp.int32), rank, jnp.arange(num, dtype=jnp.int32)[None, None])
 
 
 def _write(table: jax.Array, slot: jax.Array, page: jax.Array) -> jax.Array:

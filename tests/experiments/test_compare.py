@@ -134,6 +134,17 @@ def test_recall_from_host_memory_is_reported(model_folder, text_file, tmp_path, 
 
 
 @pytest.mark.slow
+def test_recall_of_single_tokens_is_reported(model_folder, text_file, tmp_path):
+    method = "cluster_kv:budget=40,num_sinks=4,clusters=4,window=16,window_clusters=2,full_layers=1,memory=host"
+    assert run(compare.Config, compare.main, arguments(model_folder, text_file, tmp_path, f"full;{method}")) == 0
+    _, row = tiny.read_results(tmp_path)["rows"]
+    layers, heads, read, token = 2, 4, 36, 2 * 16 * 4  # query heads, tokens each reads, k and v of float32
+    assert 0 < row["recall_hit_rate"] < 1
+    assert row["recall_bytes_per_step"] == pytest.approx((1 - row["recall_hit_rate"]) * layers * heads * read * token)
+    assert "of pages wanted at hand" in row["note"]
+
+
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_finished_rows(model_folder, text_file, tmp_path):
     args = [sys.executable, "-m", "experiments.compare", *arguments(model_folder, text_file, tmp_path)]
     file = tmp_path / "results.json"

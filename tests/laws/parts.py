@@ -258,8 +258,18 @@ def qkv(seed: int, batch: int, tokens: int, heads=(4, 2), head_dim: int = HEAD_D
     )
 
 
-def make(text: str, *, batch: int, num_kv_heads: int, max_len: int, prompt_lens=None, dtype=jnp.float32, window=None):
-    """Return the cache of one layer for a method in textual form."""
+def make(
+    text: str,
+    *,
+    batch: int,
+    num_kv_heads: int,
+    max_len: int,
+    prompt_lens=None,
+    dtype=jnp.float32,
+    window=None,
+    num_heads=None,
+):
+    """Return the cache of one layer for a method in textual form; two query heads a KV head unless stated."""
     layout = kvc.Layout(
         num_layers=1,
         num_kv_heads=num_kv_heads,
@@ -267,6 +277,7 @@ def make(text: str, *, batch: int, num_kv_heads: int, max_len: int, prompt_lens=
         sliding_windows=(window,) if window else (),
         ropes=(ROPE,),
         calibrations=str(CALIBRATIONS),
+        num_heads=num_heads or 2 * num_kv_heads,
     )
     longest = max(prompt_lens) if prompt_lens else max_len
     plan = kvc.parse(text).plan(layout, max_len=max_len, prompt_len=longest)

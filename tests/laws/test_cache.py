@@ -43,6 +43,7 @@ def run(text, q, k, v, lengths, *, steps=STEPS, heads=(4, 2), window=None, dtype
         text,
         batch=len(lengths),
         num_kv_heads=heads[1],
+        num_heads=heads[0],
         max_len=prompt + steps,
         prompt_lens=lengths,
         window=window,

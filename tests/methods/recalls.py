@@ -12,7 +12,8 @@ def filled(text, prompt, steps=0, *, heads=(4, 2), lengths=None, seed=0, dtype=j
     """q, k, v and the cache after a prompt."""
     batch = len(lengths) if lengths else 1
     q, k, v = qkv(seed, batch, prompt + steps, heads, dtype=dtype)
-    cache = make(text, batch=batch, num_kv_heads=heads[1], max_len=prompt + steps, prompt_lens=lengths, dtype=dtype)
+    sizes = {"num_heads": heads[0], "num_kv_heads": heads[1], "max_len": prompt + steps}
+    cache = make(text, batch=batch, prompt_lens=lengths, dtype=dtype, **sizes)
     length = jnp.array(lengths or [prompt])
     return (q, k, v), prefill(cache, q[:, :prompt], k[:, :prompt], v[:, :prompt], length)[1]
 

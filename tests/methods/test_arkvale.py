@@ -71,11 +71,11 @@ def test_every_step_does_what_the_algorithm_does(groups, radius):
     states = [c.tiers[0].lookup.resident for c in caches]
     for state, tables in zip(states, history, strict=True):
         assert [set(page[page >= 0].tolist()) for page in np.asarray(state.page[0])] == tables
-    counted = [int(state.recalled[0]) for state in states]
+    counted = [int(state.recalled[0].sum()) for state in states]
     np.testing.assert_array_equal(np.diff([0, *counted]), recalls)
     assert max(recalls) <= RECALLS * groups
     assert counted[-1] > 0
-    assert [int(s.wanted[0]) for s in states] == [RECALLS * groups * (i + 1) for i in range(STEPS)]
+    assert [int(s.wanted[0].sum()) for s in states] == [RECALLS * groups * (i + 1) for i in range(STEPS)]
 
 
 def test_the_largest_radius_is_a_bound_and_the_mean_is_the_mean():
@@ -118,10 +118,10 @@ def test_victims_are_the_lowest_scored_residents():
     state, new, slot = recalled(table(0, 1, 2), [5.0, 1.0, 3.0, 9.0, 0.0, 7.0], most=2)
     assert state.page.tolist() == [[[0, 3, 5]]]  # 1, then 2 give way to 3, then 5
     assert (new.tolist(), slot.tolist()) == ([[[3, 5]]], [[[1, 2]]])
-    assert (state.recalled.tolist(), state.wanted.tolist()) == ([2], [2])
+    assert (state.recalled.tolist(), state.wanted.tolist()) == ([[2]], [[2]])
     state, _, _ = recalled(table(3, -1, 0), [5.0, 1.0, 3.0, 9.0, 0.0, 7.0], most=2)
     assert state.page.tolist() == [[[3, 5, 0]]]  # a free slot comes first, and 3 is at hand already
-    assert state.recalled.tolist() == [1]
+    assert state.recalled.tolist() == [[1]]
     state, _, _ = recalled(table(0, 1, -1), [5.0, 1.0, 3.0, 9.0], most=2, num_slots=2)
     assert state.page[0, 0, 2] == -1  # a row's own budget
     assert sorted(state.page[0, 0, :2].tolist()) == [0, 3]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import kvcomp_jax as kvc
-from tests.laws.parts import decode, decode_many, make, prefill, qkv
+from kvcomp_jax.retrieval.resident import hold, no_residents
+from tests.laws.parts import decode, decode_many, free_row, make, prefill, qkv
 from tests.methods.recalls import attention_over, filled, stream, whole
 
 SINKS, WINDOW, PER_WINDOW = 4, 16, 3
@@ -237,11 +238,133 @@ def test_impossible_options_are_refused(text, words):
         kvc.parse(text).plan(layout, max_len=2048)
 
 
-@pytest.mark.parametrize("store", ["", pytest.param("+int8", marks=pytest.mark.slow)])
-def test_host_memory_changes_no_output(store):
-    (q, k, v), resident = filled(TEXT + store, PROMPT, 20)
-    _, cache = filled(TEXT + ",memory=host" + store, PROMPT, 20)
-    assert {x.sharding.memory_kind for x in jax.tree.leaves((cache.tiers[0].k, cache.tiers[0].v))} == {"pinned_host"}
-    more = [x[:, PROMPT:] for x in (q, k, v)]
-    expected, outs = (stream(c, *more)[0] for c in (resident, cache))
+COMPRESSED = TEXT.replace("window=16", "window=32").replace("budget=40", "budget=100")
+HOST = ",memory=host"
+
+
+@pytest.mark.parametrize(
+    ("text", "store"),
+    [
+        (TEXT, ""),
+        (TEXT + ",heads=kv", ""),
+        (COMPRESSED, "+kivi:bits=4"),  # pages of 8 tokens, which two clusters may share
+        pytest.param(TEXT, "+int8", marks=pytest.mark.slow),
+    ],
+)
+def test_host_memory_changes_no_output_and_copies_are_bitwise_what_stands_there(text, store):
+    """Ragged rows, over steps in which windows settle, and past the end, where the oldest tokens are overwritten."""
+    prompt, lengths, room, steps = 132, [132, 40, 3], 8, 80
+    (q, k, v), device = filled(text + store, prompt, room, lengths=lengths)
+    host = filled(text + HOST + store, prompt, room, lengths=lengths)[1]
+    assert {x.sharding.memory_kind for x in jax.tree.leaves((host.tiers[0].k, host.tiers[0].v))} == {"pinned_host"}
+    at = (jnp.array(lengths)[:, None] + jnp.arange(steps)[None]) % (prompt + room)
+    more = [jnp.take_along_axis(x, at[..., None, None], 1) for x in (q, k, v)]
+    expected = stream(device, *more)[0]
+    outs, caches = stream(host, *more)
     np.testing.assert_allclose(outs, expected, atol=1e-6)
+    assert int(caches[-1].tiers[0].entered[0]) > caches[-1].tiers[0].capacity
+    for cache in caches[::8]:
+        tier, size = cache.tiers[0], cache.tiers[0].lookup.lookup.index.page_size
+        page = np.asarray(tier.lookup.resident.page)
+        assert (page >= 0).any(-1)[0].all()
+        for pool, rows in zip(tier.lookup.pool, (tier.k, tier.v), strict=True):
+            for copy, x in zip(jax.tree.leaves(pool), jax.tree.leaves(rows), strict=True):
+                pages = np.asarray(copy).reshape(*page.shape, -1)
+                found = np.asarray(x).reshape(*x.shape[:2], tier.capacity // size, -1)
+                found = np.repeat(found, page.shape[1] // x.shape[1], 1)
+                found = np.take_along_axis(found, np.maximum(page, 0)[..., None], 2)
+                np.testing.assert_array_equal(pages[page >= 0], found[page >= 0])
+
+
+def test_a_step_brings_in_exactly_what_the_last_one_did_not_read():
+    """Counted by sets of positions, for each query head, over steps in which windows settle."""
+    (q, k, v), cache = filled(TEXT + HOST, PROMPT, STEPS)
+    _, caches = stream(cache, *(x[:, PROMPT:] for x in (q, k, v)))
+    last, counted = [set()] * 4, np.zeros(4, int)
+    for t, (before, after) in enumerate(zip([cache, *caches[:-1]], caches, strict=True)):
+        sets = [set(s) for s in selected(before, k, np.asarray(q[0, PROMPT + t], np.float64), 40 - SINKS)]
+        counted += [len(new - old) for new, old in zip(sets, last, strict=True)]
+        resident, last = after.tiers[0].lookup.resident, sets
+        np.testing.assert_array_equal(resident.recalled[0], counted)
+        np.testing.assert_array_equal(resident.wanted[0], (40 - SINKS) * (t + 1))
+        places = stored_positions(after, k)
+        for head, page in enumerate(np.asarray(resident.page[0])):
+            assert {places[head // 2][n] for n in page} == sets[head]
+    moved = kvc.recalls(caches[-1])
+    assert (moved.wanted, moved.recalled) == (4 * (40 - SINKS) * STEPS, counted.sum())
+    assert moved.recalled < 0.9 * moved.wanted
+    assert moved.bytes == moved.recalled * 2 * 64 * 4  # k and v of one head
+
+
+def test_what_is_wanted_again_does_not_move():
+    (q, k, v), cache = filled(TEXT + HOST, PROMPT, 2)
+    step = [x[:, PROMPT : PROMPT + 1] for x in (q, k, v)]
+    _, first = decode(cache, *step)
+    _, second = decode(first, *step)
+    a, b = (x.tiers[0].lookup for x in (first, second))
+    np.testing.assert_array_equal(a.resident.recalled, 40 - SINKS)
+    np.testing.assert_array_equal(b.resident.recalled, 40 - SINKS)
+    np.testing.assert_array_equal(b.resident.wanted, 2 * (40 - SINKS))
+    jax.tree.map(np.testing.assert_array_equal, (a.resident.page, a.pool), (b.resident.page, b.pool))
+    other = q[:, PROMPT + 1 :].at[:, :, :3].set(step[0][:, :, :3])  # one query head turns
+    _, third = decode(second, other, *step[1:])
+    change = np.asarray(third.tiers[0].lookup.resident.recalled - b.resident.recalled)[0]
+    old, new = (selected(second, k, np.asarray(x[0, 0], np.float64), 40 - SINKS)[3] for x in (step[0], other))
+    assert change.tolist() == [0, 0, 0, len(set(new) - set(old))]
+    assert 0 < change[3] < 40 - SINKS
+    stays = np.isin(a.resident.page[0, 3], third.tiers[0].lookup.resident.page[0, 3])
+    assert stays.sum() == 40 - SINKS - change[3]
+    np.testing.assert_array_equal(a.resident.page[0, 3][stays], third.tiers[0].lookup.resident.page[0, 3][stays])
+
+
+def test_pages_take_the_slots_of_those_not_wanted():
+    state = dataclasses.replace(no_residents(2, 1, 4), page=jnp.array([[[5, -1, 2, 7]], [[1, 3, -1, -1]]], jnp.int32))
+    wanted = jnp.array([[[9, 7, 9, 4]], [[0, 2, -1, -1]]], jnp.int32)
+    state, new, slot = hold(state, wanted, jnp.array([True, False]), 10)
+    assert new.tolist() == [[[9, 4, -1, -1]], [[-1] * 4]]  # 9 is wanted twice
+    assert slot.tolist() == [[[0, 1, 4, 4]], [[4] * 4]]
+    assert state.page.tolist() == [[[9, 4, -1, 7]], [[1, 3, -1, -1]]]  # nobody asked for the second row
+    assert (state.recalled.tolist(), state.wanted.tolist()) == ([[2], [0]], [[3], [0]])
+
+
+@pytest.mark.parametrize("heads", ["query", "kv"])
+def test_copies_for_each_query_head_are_counted(heads):
+    text = TEXT + f",heads={heads}"
+    (device, host), lists = (filled(text + x, PROMPT, STEPS)[1] for x in ("", HOST)), {"query": 4, "kv": 2}[heads]
+    a, b = kvc.nbytes(device), kvc.nbytes(host)
+    copies, table = lists * (40 - SINKS) * 2 * 64 * 4, 4 * lists * (40 - SINKS + 2)  # k and v; slots and two counters
+    assert b.host == 2 * 2 * host.tiers[0].capacity * 64 * 4
+    assert b.allocated - a.allocated == copies + table
+    assert (b.used - a.used, b.metadata - a.metadata) == (copies + table, table)
+
+
+def test_several_tokens_a_call_bring_in_what_single_steps_do():
+    (q, k, v), cache = filled(TEXT + HOST, PROMPT, 8, lengths=[PROMPT, 21])
+    more = [x[:, PROMPT:] for x in (q, k, v)]
+    length = jnp.array([8, 3])
+    outs, together = decode(cache, *more, length)
+    for t in range(8):
+        step = (x[:, t : t + 1] for x in more)
+        out, cache = decode(cache, *step, jnp.minimum(jnp.maximum(length - t, 0), 1))
+        for row in range(2):
+            if t < length[row]:
+                np.testing.assert_allclose(outs[row, t], out[row, 0], atol=1e-6)
+    a, b = (c.tiers[0].lookup for c in (together, cache))
+    jax.tree.map(np.testing.assert_array_equal, (a.resident, a.pool), (b.resident, b.pool))
+    freed = free_row(together, 0).tiers[0].lookup.resident
+    assert (np.asarray(freed.page[0]) < 0).all()
+    assert (np.asarray(freed.page[1]) >= 0).any()
+
+
+def test_copies_need_the_number_of_query_heads():
+    layout = kvc.Layout(num_layers=4, num_kv_heads=2, head_dim=64)
+    with pytest.raises(ValueError, match=r"state Layout\.num_heads, or let those of a KV head read the same"):
+        kvc.parse("cluster_kv:memory=host").plan(layout, max_len=2048)
+    kvc.parse("cluster_kv:memory=host,heads=kv").plan(layout, max_len=2048)
+    with pytest.raises(ValueError, match="num_heads=3 must be a multiple of num_kv_heads=2"):
+        dataclasses.replace(layout, num_heads=3)
+    (q, k, v), cache = filled(TEXT + HOST, PROMPT, 1, heads=(4, 2))
+    with pytest.raises(ValueError, match="lists=2 are kept at hand of a KV head, and 1 are read"):
+        decode(cache, q[:, PROMPT:, :2], k[:, PROMPT:], v[:, PROMPT:])
+    with pytest.raises(ValueError, match="lists=2 must be at least 1, and is 1 unless"):
+        kvc.Lookup(kvc.Centroids(heads="kv"), 64, memory="host", lists=2)
