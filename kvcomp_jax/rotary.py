@@ -6,13 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcomp_jax.types import Constant
-
-
-def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate dimension i of x [..., D] with i + n by angles [..., n]; dimensions beyond 2 n pass. Computes in f32."""
-    n = cos.shape[-1]
-    a, b, rest = (part.astype(jnp.float32) for part in jnp.split(x, (n, 2 * n), -1))
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+from pallas_kernels.rotary import turn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,10 @@ from jax.experimental import checkify
 
 from kvcomp_jax.codecs.base import Codec
 from kvcomp_jax.codecs.contract import dot_scaled, mix_scaled
-from kvcomp_jax.codecs.levels import look_up, nearest
+from kvcomp_jax.codecs.levels import nearest
 from kvcomp_jax.codecs.minifloat import inverse, saturated
 from kvcomp_jax.types import Constant, pytree, static
+from pallas_kernels.codebook_decode.rows import CodebookRows, look_up
 from pallas_kernels.packing import pack, pack_unit, unpack
 
 BITS = (1, 2, 3, 4)
