@@ -64,6 +64,13 @@ class Outliers(Wrapper):
         sparse = jnp.einsum("...rsm,...sm->...rs", picked, enc.values.astype(jnp.float32))
         return self.inner.dot(q, enc.dense, pos) + sparse
 
+    def codebook_rows(self, enc: Sparse) -> CodebookRows | None:
+        """The inner codec's with the outliers, if it has none and its rows are not in other units."""
+        rows = self.inner.codebook_rows(enc.dense)
+        if rows is None or rows.outliers is not None or not rows.by_token:
+            return None
+        return rows._replace(outliers=enc.values, outlier_channels=enc.channels)
+
     def nbits(self, num_tokens: int, head_dim: int) -> int:
         """The inner codec's, and a value and a channel an outlier."""
         return self.inner.nbits(num_tokens, head_dim) + self._sparse_bits(num_tokens, head_dim)

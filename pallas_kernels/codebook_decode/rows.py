@@ -42,6 +42,11 @@ class CodebookRows(NamedTuple):
         """Outliers a token."""
         return 0 if self.outliers is None else self.outliers.shape[-1]
 
+    @property
+    def by_token(self) -> bool:
+        """Whether nothing is done to a token's row that other tokens do not decide as well: no channels, no rotation."""
+        return self.channel_scale is None and self.channel_zero_point is None and self.rope is None
+
     def cut(self, first: jax.Array, size: int) -> "CodebookRows":
         """Slots first .. first + size, whole words."""
 
