@@ -84,7 +84,7 @@ class Case:
     def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
         """Positional and keyword arguments of `codebook_decode`."""
         rng = np.random.default_rng(seed)
-        q, k, v, length, pos, q_pos = self.shapes()
+        q, k, v, _, pos, q_pos = self.shapes()
         drawn = jnp.asarray((rng.standard_normal(q.shape) * self.head_dim**-0.5).astype(q.dtype))
         k, v = self.k.draw(rng, k), self.v.draw(rng, v)
         if self.positions == "in order":

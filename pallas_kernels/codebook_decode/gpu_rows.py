@@ -1,16 +1,12 @@
 """Rows of codes of levels in Triton: a tile of slots and channels, and its rotation."""
 
-import math
-
-import numpy as np
 import triton
 import triton.language as tl
 
+from pallas_kernels.rotary import COS, SIN, TURN
 from pallas_kernels.triton_words import codes_in_order
 
-_TURN = tl.constexpr(float(np.float32(2 * math.pi)))
-_TURN_REST = tl.constexpr(2 * math.pi - float(np.float32(2 * math.pi)))
-_PER_TURN = tl.constexpr(1 / (2 * math.pi))
+_COS, _SIN, _TURN = tl.constexpr(COS), tl.constexpr(SIN), tl.constexpr(TURN)
 
 
 @triton.jit
@@ -41,7 +37,7 @@ def decode_tile(
         x = x * tl.load(scale_ptr + at).to(tl.float32)[:, None]
     if shifted:
         x = x + tl.load(zero_ptr + at).to(tl.float32)[:, None]
-    for i in tl.static_range(outliers):
+    for i in tl.range(outliers):  # a loop: unrolled, its loads take the registers
         index = tl.load(index_ptr + at * outliers + i).to(tl.int32) - shift
         value = tl.load(outlier_ptr + at * outliers + i).to(tl.float32)
         x += tl.where(index[:, None] == channel[None, :], value[:, None], 0.0)
@@ -70,10 +66,17 @@ def _look_up(codes, levels, bits: tl.constexpr):
 def turn_pairs(a, b, pos, frequency):
     """Rotate pairs of channels, [tile, pairs] each, by positions [tile] times frequencies [pairs].
 
-    The angle loses its whole turns first, exactly, because fast sines and cosines are right near 0 alone.
+    Cosines and sines as in `rotary.cos_sin`: those of CUDA's library fill the program with what large angles need.
     """
     angle = pos.to(tl.float32)[:, None] * frequency[None, :]
-    turns = tl.floor(angle * _PER_TURN + 0.5)
-    angle = tl.fma(turns, -_TURN_REST, tl.fma(turns, -_TURN, angle))
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    turns = tl.floor(angle * (1 / 6.283185307179586) + 0.5)
+    for i in tl.static_range(len(_TURN)):
+        angle -= turns * _TURN[i]
+    square = angle * angle
+    cos, sin = tl.full(angle.shape, _COS[-1], tl.float32), tl.full(angle.shape, _SIN[-1], tl.float32)
+    for i in tl.static_range(1, len(_COS)):
+        cos = cos * square + _COS[len(_COS) - 1 - i]
+    for i in tl.static_range(1, len(_SIN)):
+        sin = sin * square + _SIN[len(_SIN) - 1 - i]
+    sin *= angle
     return a * cos - b * sin, b * cos + a * sin

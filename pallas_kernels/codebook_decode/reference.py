@@ -24,5 +24,8 @@ def codebook_decode(
     keys, values = decoded(k, q.shape[1], pos), decoded(v, q.shape[1], None)  # [B, K, S, D]
     logits = jnp.einsum("bkrd,bksd->bkrs", q.astype(jnp.float32), keys, precision="highest")
     live = live_slots(length, pos, q_pos, jnp.arange(keys.shape[2]), sliding_window)
-    mix = lambda p: jnp.einsum("bkrs,bksd->bkrd", p, values, precision="highest")
+
+    def mix(p: jax.Array) -> jax.Array:
+        return jnp.einsum("bkrs,bksd->bkrd", p, values, precision="highest")
+
     return update(unit(q.shape), capped(logits, soft_cap), live, mix)

@@ -8,12 +8,13 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.packing import unpack
-from pallas_kernels.rotary import turn
+from pallas_kernels.rotary import cos_sin, turn
 
 
 class CodebookRows(NamedTuple):
-    """x = rotated((levels[codes] * scale + zero_point + outliers) * channel_scale + channel_zero_point); None is absent.
+    """x = rotated((levels[codes] * scale + zero_point + outliers) * channel_scale + channel_zero_point).
 
+    What is None is left out.
     Codes and what is kept a token have a head axis of K, or of 1 where they join the heads of a token: C is D or K D.
     """
 
@@ -44,7 +45,7 @@ class CodebookRows(NamedTuple):
 
     @property
     def by_token(self) -> bool:
-        """Whether nothing is done to a token's row that other tokens do not decide as well: no channels, no rotation."""
+        """Whether channels have no units yet and nothing rotates, so that joining and outliers may come on top."""
         return self.channel_scale is None and self.channel_zero_point is None and self.rope is None
 
     def cut(self, first: jax.Array, size: int) -> "CodebookRows":
@@ -79,8 +80,8 @@ def decoded(x: CodebookRows, heads: int, pos: jax.Array | None) -> jax.Array:
     if x.rope is None or pos is None:
         return rows
     frequency, factor = jnp.asarray(x.rope).reshape(2, 1, 1, 1, -1)
-    angle = pos[..., None].astype(jnp.float32) * frequency
-    return turn(rows, jnp.cos(angle) * factor, jnp.sin(angle) * factor)
+    cos, sin = cos_sin(pos[..., None].astype(jnp.float32) * frequency)
+    return turn(rows, cos * factor, sin * factor)
 
 
 def look_up(codes: jax.Array, levels: jax.Array | np.ndarray) -> jax.Array:

@@ -64,7 +64,7 @@ def test_shapes_are_those_of_the_arguments(name):
 
 def test_bad_calls_are_refused():
     (q, k, v, length, pos, q_pos), options = Case(keys(), values()).arguments()
-    with pytest.raises(ValueError, match="codes of keys .* do not fit q"):
+    with pytest.raises(ValueError, match=r"codes of keys .* do not fit q"):
         codebook_decode(q[..., :32], k, v, length, pos, q_pos, **options)
     with pytest.raises(ValueError, match="256 slots of keys are not 128 of values"):
         codebook_decode(q, k, v.cut(0, 128), length, pos, q_pos, **options)
