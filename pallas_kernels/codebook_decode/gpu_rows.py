@@ -70,13 +70,13 @@ def turn_pairs(a, b, pos, frequency):
     """
     angle = pos.to(tl.float32)[:, None] * frequency[None, :]
     turns = tl.floor(angle * (1 / 6.283185307179586) + 0.5)
-    for i in tl.static_range(len(_TURN)):
+    for i in tl.static_range(3):
         angle -= turns * _TURN[i]
     square = angle * angle
-    cos, sin = tl.full(angle.shape, _COS[-1], tl.float32), tl.full(angle.shape, _SIN[-1], tl.float32)
-    for i in tl.static_range(1, len(_COS)):
-        cos = cos * square + _COS[len(_COS) - 1 - i]
-    for i in tl.static_range(1, len(_SIN)):
-        sin = sin * square + _SIN[len(_SIN) - 1 - i]
+    cos, sin = tl.full(angle.shape, _COS[6], tl.float32), tl.full(angle.shape, _SIN[5], tl.float32)
+    for i in tl.static_range(1, 7):
+        cos = cos * square + _COS[6 - i]
+    for i in tl.static_range(1, 6):
+        sin = sin * square + _SIN[5 - i]
     sin *= angle
     return a * cos - b * sin, b * cos + a * sin
