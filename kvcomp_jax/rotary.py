@@ -4,15 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvcomp_jax.types import Constant
-
-
-def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate dimension i of x [..., D] with i + n by angles [..., n]; dimensions beyond 2 n pass. Computes in f32."""
-    n = cos.shape[-1]
-    a, b, rest = (part.astype(jnp.float32) for part in jnp.split(x, (n, 2 * n), -1))
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+from pallas_kernels.rotary import turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +32,12 @@ class Rotary:
     def dim(self) -> int:
         """Leading dimensions of a head that rotate."""
         return 2 * len(self.inv_freq.value)
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """f32[2, n]: of each pair of dimensions the radians a position, and `scale`."""
+        frequency = np.asarray(self.inv_freq.value, np.float32)
+        return np.stack([frequency, np.full_like(frequency, self.scale)])
 
     def apply(self, x: jax.Array, pos: jax.Array) -> jax.Array:
         """Rotate x [*b, S, D] to positions i32[*b, S], f32; leading axes of pos may be 1."""

@@ -17,6 +17,8 @@ from kvcomp_jax.retrieval import LookupState
 from kvcomp_jax.retrieval.host import to_host
 from kvcomp_jax.spec import LayerSpec, Rung
 from kvcomp_jax.types import pytree, static
+from pallas_kernels.codebook_decode import codebook_decode
+from pallas_kernels.codebook_decode.rows import CodebookRows
 from pallas_kernels.entropy_decode import entropy_decode
 from pallas_kernels.homomorphic_decode import homomorphic_decode
 from pallas_kernels.prefill.reference import capped
@@ -229,7 +231,10 @@ def attend_by_blocks(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
 
 def fused_kernel(tier: Tier) -> Callable[[Queries, Tier, int], AttnState] | None:
     """The fused read of a tier `as_stored`, by its pair of codecs; None where there is only `dot` and `mix`."""
-    return None if tier.head is not None else _FUSED.get((tier.k_codec.kind, tier.v_codec.kind))
+    if tier.head is not None:
+        return None
+    found = _FUSED.get((tier.k_codec.kind, tier.v_codec.kind))
+    return _attend_codebook if found is None and _codebook_rows(tier) is not None else found
 
 
 def _attend_quantized(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
@@ -282,6 +287,28 @@ def _attend_entropy(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
         sliding_window=queries.sliding_window,
     )
     return AttnState(acc=acc, max=top, sum=total)
+
+
+def _attend_codebook(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
+    k, v = cast(tuple[CodebookRows, CodebookRows], _codebook_rows(tier))
+    by_age = tier.pos is None and queries.sliding_window is None and k.rope is None
+    acc, top, total = codebook_decode(
+        queries.q,
+        k,
+        v,
+        filled_slots(tier),
+        None if by_age else tier_pos(tier, num_sinks),
+        None if by_age else queries.pos,
+        soft_cap=queries.soft_cap,
+        sliding_window=queries.sliding_window,
+    )
+    return AttnState(acc=acc, max=top, sum=total)
+
+
+def _codebook_rows(tier: Tier) -> tuple[CodebookRows, CodebookRows] | None:
+    """Keys and values as operands of `codebook_decode`, whose values do not rotate; None if they are not."""
+    k, v = tier.k_codec.codebook_rows(tier.k), tier.v_codec.codebook_rows(tier.v)
+    return None if k is None or v is None or v.rope is not None else (k, v)
 
 
 _FUSED = {

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcomp_jax.rotary import Rotary, turn
+from kvcomp_jax.rotary import Rotary
 from kvcomp_jax.types import Constant
+from pallas_kernels.rotary import turn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,26 @@ def load_words(
 
 
 @triton.jit
+def codes_in_order(
+    ptr, head, start, channel, exists,
+    tile: tl.constexpr, num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
+):  # fmt: skip
+    """Codes of consecutive slots, [tile, channels]: bytes at 8 bits, else u32."""
+    size: tl.constexpr = per_word(bits)
+    unit = start // size + tl.arange(0, tile // size)
+    low, high = load_words(ptr, head, unit[:, None], 0, size, channel[None, :], exists[None, :], num_slots, dim, bits)
+    if bits == 8:
+        return low
+    else:
+        width: tl.constexpr = 2 if bits == 3 else bits
+        place = tl.arange(0, size)[None, :, None].to(tl.uint32)
+        codes = (low[:, None, :] >> place * width) & ((1 << width) - 1)
+        if bits == 3:
+            codes |= (high[:, None, :] >> place & 1) << 2
+        return tl.reshape(codes, (tile, channel.shape[0]))
+
+
+@triton.jit
 def biased_codes(low, high, bits: tl.constexpr, place: tl.constexpr, dtype: tl.constexpr):
     """Codes at one place, `bias_of` added."""
     if bits == 8:

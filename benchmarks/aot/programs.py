@@ -24,6 +24,7 @@ OPERATIONS = (
     "gather_decode",
     "low_rank_decode",
     "entropy_decode",
+    "codebook_decode",
     "prefill",
 )
 SMOLLM2 = ModelConfig(

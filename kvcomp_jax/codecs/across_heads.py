@@ -8,6 +8,7 @@ import jax
 from kvcomp_jax.codecs.base import Encoded
 from kvcomp_jax.codecs.wrapper import Wrapper
 from kvcomp_jax.types import pytree, static
+from pallas_kernels.codebook_decode.rows import CodebookRows
 
 
 @pytree
@@ -36,6 +37,11 @@ class AcrossHeads(Wrapper):
         x = self.inner.decode(enc, pos[..., :1, :])  # [*b, 1, S, K D]
         *b, _, num_tokens, dim = x.shape
         return x.reshape(*b, num_tokens, self.num_heads, dim // self.num_heads).swapaxes(-2, -3)
+
+    def codebook_rows(self, enc: Encoded) -> CodebookRows | None:
+        """The inner codec's joined rows, if nothing is done to them yet that heads are parted for."""
+        rows = self.inner.codebook_rows(enc)
+        return rows if rows is not None and rows.by_token else None
 
     def nbits(self, num_tokens: int, head_dim: int) -> int:
         """A head's share, rounded up."""

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.codebook_decode.rows import CodebookRows
+
 Encoded = Any  # a pytree of arrays [*b, rows, ...]; rows is proportional to the tokens encoded
 
 
@@ -110,6 +112,14 @@ class Codec(abc.ABC):
     def kind(self) -> Any:
         """What a fused read is looked up by: the type, and whatever else its arithmetic depends on."""
         return type(self)
+
+    def codebook_rows(self, enc: Encoded) -> CodebookRows | None:
+        """The same encoding as operands of `codebook_decode`, without any arithmetic; None if they cannot express it.
+
+        A wrapper adds its part to the inner codec's, where that part comes later in the order that `CodebookRows` has.
+        """
+        del enc
+        return None
 
     def check(self, head_dim: int, block_size: int) -> None:
         """Raise ValueError if rows of `head_dim` or blocks of `block_size` tokens cannot be encoded."""

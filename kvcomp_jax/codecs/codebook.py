@@ -9,9 +9,10 @@ from jax.experimental import checkify
 
 from kvcomp_jax.codecs.base import Codec
 from kvcomp_jax.codecs.contract import dot_scaled, mix_scaled
-from kvcomp_jax.codecs.levels import look_up, nearest
+from kvcomp_jax.codecs.levels import nearest
 from kvcomp_jax.codecs.minifloat import inverse, saturated
 from kvcomp_jax.types import Constant, pytree, static
+from pallas_kernels.codebook_decode.rows import CodebookRows, look_up
 from pallas_kernels.packing import pack, pack_unit, unpack
 
 BITS = (1, 2, 3, 4)
@@ -94,6 +95,12 @@ class Codebook(Codec):
         del pos
         return mix_scaled(p, self._values_of(enc), enc.scale, enc.zero_point)
 
+    def codebook_rows(self, enc: Coded) -> CodebookRows | None:
+        """Codes with their levels, and what is stored a token; no kernel reads 1 bit."""
+        if self.bits == 1:
+            return None
+        return CodebookRows(enc.codes, self._read_as, scale=enc.scale, zero_point=enc.zero_point)
+
     def nbits(self, num_tokens: int, head_dim: int) -> int:
         """Bits of the codes and the metadata; `num_tokens` counts in whole units. The levels are the program's."""
         num_tokens = -(-num_tokens // self.unit) * self.unit
@@ -106,7 +113,12 @@ class Codebook(Codec):
         return num_tokens * jnp.dtype(self.metadata_dtype).itemsize * 8 * NORMALISED_BY[self.normalise]
 
     def _values_of(self, enc: Coded) -> jax.Array:
-        return look_up(unpack(enc.codes, self.bits), (self.values or self.levels).value)
+        return look_up(unpack(enc.codes, self.bits), self._read_as)
+
+    @property
+    def _read_as(self) -> np.ndarray:
+        """What codes stand for, f32[2**bits]."""
+        return np.asarray((self.values or self.levels).value, np.float32)
 
     def _fit(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         """Scale and zero point [*b, S] of rows f32[*b, S, D], as stored."""

@@ -10,6 +10,7 @@ from jax import lax
 from kvcomp_jax.codecs.base import Encoded
 from kvcomp_jax.codecs.wrapper import Wrapper
 from kvcomp_jax.types import pytree, static
+from pallas_kernels.codebook_decode.rows import CodebookRows, place
 
 
 class Sparse(NamedTuple):
@@ -27,7 +28,7 @@ class Outliers(Wrapper):
     The inner codec sees the outliers cut back to the extremes of the rest, so that its ranges do not know them; what
     it then lacks of them is stored: a value and a channel each. Selected by rank, so their number is exact also where
     values are equal. The sum is right up to the rounding of `value_dtype`, in which finite values saturate.
-    `dot` gathers q at the outliers' channels; `mix` adds them to a decoded block, see `_place`.
+    `dot` gathers q at the outliers' channels; `mix` adds them to a decoded block, see `place`.
     Source: the sparse part of SqueezeLLM, Kim et al. 2023, arXiv:2306.07629; for caches KVQuant, Hooper et al. 2024,
     arXiv:2401.18079, section 3.4.
     """
@@ -52,7 +53,7 @@ class Outliers(Wrapper):
     def decode(self, enc: Sparse, pos: jax.Array) -> jax.Array:
         """Return the dense rows with the outliers added, f32[*b, S, D]."""
         x = self.inner.decode(enc.dense, pos).astype(jnp.float32)
-        return x + _place(jnp.zeros(()), enc.channels, enc.values.astype(jnp.float32), x.shape[-1])
+        return x + place(jnp.zeros(()), enc.channels, enc.values.astype(jnp.float32), x.shape[-1])
 
     def dot(self, q: jax.Array, enc: Sparse, pos: jax.Array) -> jax.Array:
         """Return q . K^T of the dense part, and for each outlier its value times q's channel."""
@@ -62,6 +63,13 @@ class Outliers(Wrapper):
         picked = picked.reshape(*b, num_rows, *enc.channels.shape[-2:])
         sparse = jnp.einsum("...rsm,...sm->...rs", picked, enc.values.astype(jnp.float32))
         return self.inner.dot(q, enc.dense, pos) + sparse
+
+    def codebook_rows(self, enc: Sparse) -> CodebookRows | None:
+        """The inner codec's with the outliers, if it has none and its rows are not in other units."""
+        rows = self.inner.codebook_rows(enc.dense)
+        if rows is None or rows.outliers is not None or not rows.by_token:
+            return None
+        return rows._replace(outliers=enc.values, outlier_channels=enc.channels)
 
     def nbits(self, num_tokens: int, head_dim: int) -> int:
         """The inner codec's, and a value and a channel an outlier."""
@@ -96,17 +104,17 @@ class Outliers(Wrapper):
         half = self.num_outliers // 2
         order = jnp.where(jnp.isnan(x), jnp.inf, x)
         high = lax.top_k(order, half)[1]
-        low = lax.top_k(-_place(order, high, jnp.full(high.shape, jnp.inf), x.shape[-1]), half)[1]
+        low = lax.top_k(-place(order, high, jnp.full(high.shape, jnp.inf), x.shape[-1]), half)[1]
         return jnp.concatenate([high, low], -1)
 
     def _cut(self, x: jax.Array, index: jax.Array) -> jax.Array:
         """Bring the outliers of x to the extremes of the rest."""
         half, dim = self.num_outliers // 2, x.shape[-1]
-        chosen = _place(jnp.zeros(x.shape, bool), index, jnp.ones(index.shape, bool), dim)
+        chosen = place(jnp.zeros(x.shape, bool), index, jnp.ones(index.shape, bool), dim)
         top = jnp.where(chosen, -jnp.inf, x).max(-1, keepdims=True)
         bottom = jnp.where(chosen, jnp.inf, x).min(-1, keepdims=True)
         ends = jnp.concatenate([jnp.repeat(top, half, -1), jnp.repeat(bottom, half, -1)], -1)
-        return _place(x, index, ends, dim)
+        return place(x, index, ends, dim)
 
     def _sparse_bits(self, num_tokens: int, head_dim: int) -> int:
         num_tokens = -(-num_tokens // self.unit) * self.unit
@@ -116,16 +124,3 @@ class Outliers(Wrapper):
 
 def _index_dtype(dim: int) -> jnp.dtype:
     return jnp.dtype(jnp.uint8 if dim <= 256 else jnp.uint16)
-
-
-def _place(rest: jax.Array, index: jax.Array, values: jax.Array, dim: int) -> jax.Array:
-    """Put values [*b, m] at channels index [*b, m] of rows [*b, dim], `rest` elsewhere.
-
-    A selection an outlier and channel, fused with what makes the row: XLA on CPU scatters one value at a time, a
-    microsecond each, and TPUs hardly better.
-    """
-    channel = jnp.arange(dim).reshape(*(1,) * (index.ndim - 1), dim)
-    out = jnp.broadcast_to(rest, (*index.shape[:-1], dim))
-    for i in range(index.shape[-1]):
-        out = jnp.where(index[..., i : i + 1] == channel, values[..., i : i + 1], out)
-    return out

@@ -10,6 +10,7 @@ import numpy as np
 from kvcomp_jax.codecs.base import Encoded
 from kvcomp_jax.codecs.wrapper import Wrapper
 from kvcomp_jax.types import Constant, pytree, static
+from pallas_kernels.codebook_decode.rows import CodebookRows
 
 
 class Units(NamedTuple):
@@ -57,6 +58,13 @@ class PerChannel(Wrapper):
         """Return (p . inner) scale + sum(p) zero_point."""
         scale, zero_point = self._units(p.ndim)
         return self.inner.mix(p, enc, pos) * scale + p.sum(-1, keepdims=True) * zero_point
+
+    def codebook_rows(self, enc: Encoded) -> CodebookRows | None:
+        """The inner codec's with a scale and zero point a channel, in a cache, where they are arrays."""
+        rows = self.inner.codebook_rows(enc)
+        if rows is None or not rows.by_token or self.units is None:
+            return None
+        return rows._replace(channel_scale=self.units.scale, channel_zero_point=self.units.zero_point)
 
     def check(self, head_dim: int, block_size: int) -> None:
         """Raise ValueError if there are scales for another head_dim, or the inner codec cannot store the rows."""

@@ -10,6 +10,7 @@ from kvcomp_jax.codecs.base import Encoded
 from kvcomp_jax.codecs.wrapper import Wrapper
 from kvcomp_jax.rotary import Rotary
 from kvcomp_jax.types import pytree, static
+from pallas_kernels.codebook_decode.rows import CodebookRows
 
 
 @pytree
@@ -35,6 +36,11 @@ class PreRope(Wrapper):
     def decode(self, enc: Encoded, pos: jax.Array) -> jax.Array:
         """Return the keys rotated to pos, f32[*b, S, D]."""
         return self.rope.apply(self.inner.decode(enc, pos), pos)
+
+    def codebook_rows(self, enc: Encoded) -> CodebookRows | None:
+        """The inner codec's, which then rotate."""
+        rows = self.inner.codebook_rows(enc)
+        return None if rows is None or rows.rope is not None else rows._replace(rope=self.rope.pairs)
 
     def check(self, head_dim: int, block_size: int) -> None:
         """Raise ValueError if more dimensions rotate than a head has, or the inner codec cannot store the rows."""

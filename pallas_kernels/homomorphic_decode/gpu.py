@@ -16,7 +16,7 @@ from pallas_kernels.homomorphic_decode.block_sizes import NUM_WARPS, VALUE_CHANN
 from pallas_kernels.homomorphic_decode.partitions import centre, to_int8
 from pallas_kernels.softmax_state import State
 from pallas_kernels.triton_attention import DEAD, LEAST, merge, see, tanh
-from pallas_kernels.triton_words import load_words, per_word
+from pallas_kernels.triton_words import codes_in_order
 
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds a small float to an integer, ties to even
 
@@ -222,15 +222,5 @@ def _codes(
     tile: tl.constexpr, num_slots: tl.constexpr, dim: tl.constexpr, bits: tl.constexpr,
 ):  # fmt: skip
     """Codes of consecutive slots less their centre: i8[tile, channels]."""
-    size: tl.constexpr = per_word(bits)
-    unit = start // size + tl.arange(0, tile // size)
-    low, high = load_words(ptr, head, unit[:, None], 0, size, channel[None, :], exists[None, :], num_slots, dim, bits)
-    if bits == 8:
-        return (low.to(tl.int32) - 128).to(tl.int8)
-    else:
-        width: tl.constexpr = 2 if bits == 3 else bits
-        place = tl.arange(0, size)[None, :, None].to(tl.uint32)
-        codes = (low[:, None, :] >> place * width) & ((1 << width) - 1)
-        if bits == 3:
-            codes |= (high[:, None, :] >> place & 1) << 2
-        return tl.reshape(codes.to(tl.int8), (tile, channel.shape[0]))
+    codes = codes_in_order(ptr, head, start, channel, exists, tile, num_slots, dim, bits)
+    return (codes.to(tl.int32) - 128).to(tl.int8) if bits == 8 else codes.to(tl.int8)

@@ -7,8 +7,9 @@ import pytest
 from jax.experimental import checkify
 
 from kvcomp_jax.codecs import Codebook
-from kvcomp_jax.codecs.levels import look_up, nearest
+from kvcomp_jax.codecs.levels import nearest
 from kvcomp_jax.types import Constant
+from pallas_kernels.codebook_decode.rows import look_up
 from pallas_kernels.packing import unpack
 from tests.laws.parts import HEAD_DIM, decoded, encode, normal, uneven
 

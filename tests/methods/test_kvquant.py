@@ -11,6 +11,7 @@ import kvcomp_jax as kvc
 from kvcomp_jax.calibrate import About, Activations, load, nearest_levels, restore_moments, save, weighted_kmeans
 from kvcomp_jax.codecs import AcrossHeads, Codebook, Outliers, PerChannel, PreRope
 from kvcomp_jax.methods.kvquant import calibrate, per_side
+from kvcomp_jax.tiers import attend_by_blocks, attend_tier
 from kvcomp_jax.types import Constant
 from pallas_kernels.packing import unpack
 from tests.golden.make_calibrations import OPTIONS
@@ -442,11 +443,41 @@ def test_impossible_codecs_are_refused(make_codec, words):
         make_codec()
 
 
-def test_dot_and_mix_are_what_reads_it_and_it_is_said():
-    (one,) = kvc.kernels_in_use(make(KVQUANT_3, batch=1, num_kv_heads=2, max_len=64))
-    assert one.operation == "dot and mix"
-    assert one.codecs[0] == "PreRope(PerChannel(AcrossHeads(Outliers(Codebook))))"
-    assert "no fused read for keys of PreRope" in one.reasons[0][1]
+# 8. The fused read rotates keys as it reads them, and is what `dot` and `mix` are.
+
+
+@pytest.mark.parametrize("text", [KVQUANT_3, KVQUANT_2])
+def test_a_decode_step_reads_codes_through_the_fused_operation(text):
+    q, k, v = qkv(20, 2, 136, heads=(6, 2))
+    cache = make(text, batch=2, num_kv_heads=2, max_len=160)
+    _, cache = prefill(cache, q[:, :100], k[:, :100], v[:, :100], jnp.array([100, 70]))
+    (rung,) = kvc.kernels_in_use(cache, num_heads=6)
+    assert rung.operation == "codebook_decode"
+    assert rung.codecs[0].startswith("PreRope(PerChannel(")
+    _, cache = decode_many(cache, q[:, 100:135], k[:, 100:135], v[:, 100:135])
+    np.testing.assert_array_equal(cache.tiers[0].entered % 32, 0)
+    assert len(set(np.asarray(cache.tiers[0].entered).tolist())) == 2  # rows of different lengths
+    queries = kvc.read.make_queries(cache, q[:, 135:], None, None, None)
+    sinks = cache.spec.policy.num_sinks
+    fused = attend_tier(queries, cache.tiers[0], sinks)
+    plain = attend_by_blocks(queries, cache.tiers[0], sinks)
+    chex.assert_trees_all_close(kvc.finalize(fused), kvc.finalize(plain), atol=1e-5)
+    chex.assert_trees_all_close(kvc.lse(fused), kvc.lse(plain), atol=1e-5)
+
+
+def test_wrappers_in_another_order_than_the_operations_are_read_without_it():
+    units = rung().k.inner.prepare(1, HEADS, HEAD_DIM)  # as a cache has them, arrays
+
+    def rows(codec):
+        return codec.codebook_rows(encode(codec, normal(21, 1, HEADS, 64, HEAD_DIM), at(0)))
+
+    assert rows(units) is not None
+    assert rows(dataclasses.replace(units, units=None)) is None
+    scale = {"scale": units.scale, "zero_point": units.zero_point, "units": units.units}
+    assert rows(PerChannel(inner=units, **scale)) is None
+    assert rows(Outliers(inner=units, num_outliers=2)) is None
+    assert rows(Outliers(inner=Outliers(inner=kvc.Identity(), num_outliers=2), num_outliers=2)) is None
+    assert rows(PreRope(inner=PreRope(inner=units, rope=ROPE), rope=ROPE)) is None
 
 
 def _per_channel(scale):
