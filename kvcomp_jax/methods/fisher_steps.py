@@ -28,7 +28,11 @@ def calibrate(layer: Activations, *, num_sinks: int = 4) -> dict[str, np.ndarray
     bits="2 to 5, as data need",
     source="kvcomp_jax; steps and coding after Gish and Pierce 1968, sensitivity as in KVQuant, arXiv:2401.18079",
     advice="Little loss at 3 bits and more, once calibrated; entropy decoding and RoPE at every read cost time.",
-    settings=("k_step=0.44,v_step=0.36", "k_step=0.73,v_step=0.59,spare=0.4", "k_step=1.6,v_step=1.3,spare=0.35"),
+    settings=(
+        "k_step=0.44,v_step=0.36",
+        "k_step=0.73,v_step=0.59,spare=0.4",
+        "k_step=1.6,v_step=1.3,spare=0.33,ratio=1.41",
+    ),
     calibrate=calibrate,
 )
 def fisher_steps(
@@ -37,6 +41,7 @@ def fisher_steps(
     k_step: float = 0.53,
     v_step: float = 0.43,
     spare: float | None = 0.6,
+    ratio: float = 2.0,
     num_sinks: int = 4,
     block_size: int = 20,
     calibration: str = "auto",
@@ -49,8 +54,8 @@ def fisher_steps(
     values: `v_step` of those of all layers, between which sensitivity weighs, too. Averages are geometric.
     Twice the steps are about a bit a value fewer.
     Slots have room for `spare` bits a value more than normal channels of the calibrated spread take in the fullest head
-    of a layer (see `Budgeted`); None: for any codes. Blocks are short, as tokens wait exactly for one to fill; 1,020
-    tokens after the sinks fill theirs.
+    of a layer (see `Budgeted`); None: for any codes. What does not fit takes steps `ratio` times as wide. Blocks are
+    short, as tokens wait exactly for one to fill; 1,020 tokens after the sinks fill theirs.
     """
     layout = context.layout
     tables = find(calibration, "fisher_steps", {"num_sinks": num_sinks}, layout)
@@ -66,7 +71,7 @@ def fisher_steps(
         deviations = tables[f"{kind}_std"][layer] / (units * step)
         budget = None if spare is None else max(float(normal_bits(deviations).max()) + spare, 2.0)
         inner = Stepped(step=step, group_size=block_size)
-        coded = Entropy(inner=inner, budget=budget, block=block_size, ratio=2.0, along="token")
+        coded = Entropy(inner=inner, budget=budget, block=block_size, ratio=ratio, along="token")
         return PerChannel(inner=coded, scale=Constant(units), zero_point=Constant(tables[f"{kind}_mean"][layer]))
 
     def spec(layer: int) -> LayerSpec:
