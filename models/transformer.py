@@ -90,7 +90,7 @@ class Transformer(nn.Module):
                 x, pos = _take(x, index), _take(pos, index)
                 rotations = {rope: tuple(_take(y, index) for y in turned) for rope, turned in rotations.items()}
                 caches = tuple(dataclasses.replace(later, pos=pos) for later in caches)
-            if isinstance(cache, kvc.PromptCache) and caches[i].in_one_chunk:
+            if caches is not None and isinstance(cache, kvc.PromptCache) and caches[i].in_one_chunk:
                 cache = kvc.close_prompt(cache)  # here, so that staged tokens need not outlive the next layer
             out.append(cache)
         x = Norm(c.norm, c.norm_eps, name="final_norm")(x)

@@ -14,7 +14,7 @@ def load_levels(ptr, bits: tl.constexpr):
     """All levels, numbers in registers."""
     levels = ()
     for i in tl.static_range(1 << bits):
-        levels = levels + (tl.load(ptr + i),)
+        levels = levels + (tl.load(ptr + i),)  # type: ignore[assignment]
     return levels
 
 
@@ -53,12 +53,12 @@ def _look_up(codes, levels, bits: tl.constexpr):
     """levels[codes], f32: the candidates are halved with each bit of the code."""
     odd, left = (codes & 1) != 0, ()
     for i in tl.static_range(1 << (bits - 1)):
-        left = left + (tl.where(odd, levels[2 * i + 1], levels[2 * i]),)
+        left = left + (tl.where(odd, levels[2 * i + 1], levels[2 * i]),)  # type: ignore[assignment]
     for bit in tl.static_range(1, bits):
         before, left = left, ()
         odd = (codes >> bit & 1) != 0
         for i in tl.static_range(1 << (bits - 1 - bit)):
-            left = left + (tl.where(odd, before[2 * i + 1], before[2 * i]),)
+            left = left + (tl.where(odd, before[2 * i + 1], before[2 * i]),)  # type: ignore[assignment]
     return left[0]
 
 

@@ -21,8 +21,8 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None):
 
     def one_block(args):
         i, q_block = args  # q_block [B, K, G, Q, D]
-        state, visit, reach = _walk(i, q_block, k, v, start, soft_cap, sliding_window)
-        return lax.fori_loop(*reach, lambda j, state: visit(j, state)[0], state)
+        state, visit, (lo, hi) = _walk(i, q_block, k, v, start, soft_cap, sliding_window)
+        return lax.fori_loop(lo, hi, lambda j, state: visit(j, state)[0], state)
 
     return _joined(lax.map(one_block, (jnp.arange(q_blocks.shape[0]), q_blocks)), q.shape[3])
 
@@ -46,7 +46,7 @@ def prefill_with_mass(q, k, v, start, length, *, soft_cap=None, sliding_window=N
 
     def one_block(received, args):
         i, q_block = args
-        state, visit, reach = _walk(i, q_block, k, v, start, soft_cap, sliding_window)
+        state, visit, (lo, hi) = _walk(i, q_block, k, v, start, soft_cap, sliding_window)
 
         def step(j, carry):
             state, kept, tops = carry
@@ -55,7 +55,7 @@ def prefill_with_mass(q, k, v, start, length, *, soft_cap=None, sliding_window=N
 
         rows = q_block.shape[:4]
         room = (jnp.zeros((num_blocks, *rows, block_k)), jnp.zeros((num_blocks, *rows)))
-        state, kept, tops = lax.fori_loop(*reach, step, (state, *room))
+        state, kept, tops = lax.fori_loop(lo, hi, step, (state, *room))
         real = (i * block_q + jnp.arange(block_q)[None] < length[:, None])[:, None, None]
         last = jnp.where(real, log_sum(state), jnp.inf)
 
@@ -67,7 +67,7 @@ def prefill_with_mass(q, k, v, start, length, *, soft_cap=None, sliding_window=N
             before = lax.dynamic_slice_in_dim(received, first, block_k, 2)
             return lax.dynamic_update_slice_in_dim(received, before + mine, first, 2)
 
-        return lax.fori_loop(*reach, weigh, received), state
+        return lax.fori_loop(lo, hi, weigh, received), state
 
     blocks = (jnp.arange(q_blocks.shape[0]), q_blocks)
     received, states = lax.scan(one_block, jnp.zeros(k.shape[:3], jnp.float32), blocks)
