@@ -90,9 +90,8 @@ class Transformer(nn.Module):
                 x, pos = _take(x, index), _take(pos, index)
                 rotations = {rope: tuple(_take(y, index) for y in turned) for rope, turned in rotations.items()}
                 caches = tuple(dataclasses.replace(later, pos=pos) for later in caches)
-            if caches is not None and isinstance(cache, kvc.PromptCache) and caches[i].in_one_chunk:
-                cache = kvc.close_prompt(cache)  # here, so that staged tokens need not outlive the next layer
-            out.append(cache)
+            closes = caches is not None and isinstance(cache, kvc.PromptCache) and caches[i].in_one_chunk
+            out.append(kvc.close_prompt(cache) if closes else cache)  # here, so that staged tokens outlive no layer
         x = Norm(c.norm, c.norm_eps, name="final_norm")(x)
         if logits == "last":
             x = x[:, -1] if length is None else _last_real(x, length)
