@@ -155,7 +155,7 @@ CASES = {
     "split": Case(keys(4), values(4), num_kv_heads=1, num_slots=8192, length=(8000,)),
 }
 
-# What the ahead-of-time compilation measures: KVQuant with an outlier share of 1 %.
+# What the ahead-of-time compilation measures: 1 % of the values are outliers.
 SERVING = {
     f"bits-{b}-head_dim-{d}": Case(
         keys(b, m), values(b, m), d, heads, rows, num_slots=32768, length=(32768,) * 8, dtype="bfloat16"
