@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvcomp_jax.types import Constant
-from pallas_kernels.rotary import turn
+from pallas_kernels.rotary import cos_sin, turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,4 +63,4 @@ class Rotary:
     def _angles(self, pos: jax.Array) -> tuple[jax.Array, jax.Array]:
         frequency = jnp.asarray(self.inv_freq.value, jnp.float32).reshape(*(1,) * pos.ndim, -1)
         angle = pos[..., None].astype(jnp.float32) * frequency
-        return jnp.cos(angle), jnp.sin(angle)
+        return cos_sin(angle)
