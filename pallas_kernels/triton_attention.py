@@ -212,3 +212,32 @@ def tanh(x):
     """Hyperbolic tangent from exponentials that cannot overflow."""
     e = tl.exp(-2.0 * tl.abs(x))
     return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+
+
+@triton.jit
+def fold(
+    logits, total, top, pos_ptr, slot, length, q_pos,
+    pos_heads: tl.constexpr, soft_cap: tl.constexpr, sliding_window: tl.constexpr,
+):  # fmt: skip
+    """Fold a tile of logits f32[tile, R] into the softmax: probabilities, what is kept of acc, new total and top."""
+    if soft_cap > 0:
+        logits = soft_cap * tanh(logits / soft_cap)
+    logits = tl.where(see(pos_ptr, slot, slot < length, q_pos, pos_heads, sliding_window), logits, DEAD)
+    most = tl.maximum(top, tl.max(logits, 0))
+    keep, p = tl.exp(top - most), tl.exp(logits - most[None, :])
+    return p, keep, total * keep + tl.sum(p, 0), most
+
+
+@triton.jit
+def store_state(
+    acc, total, top, acc_ptr, top_ptr, total_ptr, base, split, row,
+    num_rows: tl.constexpr, dim: tl.constexpr, channels: tl.constexpr, passes: tl.constexpr,
+):  # fmt: skip
+    """Store one split's state; acc is a tuple of f32[channels, R]."""
+    out = (base * tl.num_programs(1) + split) * num_rows + row
+    for part in tl.static_range(passes):
+        channel = part * channels + tl.arange(0, channels)
+        mask = (channel < dim)[:, None] & (row < num_rows)[None, :]
+        tl.store(acc_ptr + out[None, :] * dim + channel[:, None], acc[part], mask=mask)
+    tl.store(top_ptr + out, top, mask=row < num_rows)
+    tl.store(total_ptr + out, total, mask=row < num_rows)

@@ -17,7 +17,7 @@ from pallas_kernels.codebook_decode.gpu_rows import decode_tile, load_levels, tu
 from pallas_kernels.codebook_decode.rows import CodebookRows
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.softmax_state import State
-from pallas_kernels.triton_attention import DEAD, LEAST, merge, see, tanh
+from pallas_kernels.triton_attention import LEAST, fold, merge, store_state
 
 
 def codebook_decode(
@@ -137,12 +137,8 @@ def _attend(
                 a, b = turn_pairs(a, b, here, tl.load(rope_ptr + pair, mask=pair < half, other=0.0))
             logits = tl.dot(a.to(q_low[part].dtype), q_low[part], logits, input_precision="tf32x3")
             logits = tl.dot(b.to(q_low[part].dtype), q_high[part], logits, input_precision="tf32x3")
-        if soft_cap > 0:
-            logits = soft_cap * tanh(logits / soft_cap)
-        logits = tl.where(see(pos_ptr, slot, slot < length, q_pos, pos_heads, sliding_window), logits, DEAD)
-        most = tl.maximum(top, tl.max(logits, 0))
-        keep, p, top = tl.exp(top - most), tl.exp(logits - most[None, :]), most
-        total = total * keep + tl.sum(p, 0)
+        p, keep, total, top = fold(logits, total, top, pos_ptr, slot, length, q_pos,
+                                   pos_heads, soft_cap, sliding_window)  # fmt: skip
         p = p.to(q_low[0].dtype)
         old, acc = acc, ()
         for part in tl.static_range(passes):
@@ -151,13 +147,7 @@ def _attend(
                             v_offset_ptr, base, start, channel, channel < dim, tile, num_slots, dim, v_bits, v_heads,
                             v_scaled, v_shifted, v_outliers, v_by_channel)  # fmt: skip
             acc = acc + (tl.dot(tl.trans(x.to(p.dtype)), p, old[part] * keep[None, :], input_precision="tf32x3"),)
-    out = (base * tl.num_programs(1) + split) * num_rows + row
-    for part in tl.static_range(passes):
-        channel = part * channels + tl.arange(0, channels)
-        mask = (channel < dim)[:, None] & (row < num_rows)[None, :]
-        tl.store(acc_ptr + out[None, :] * dim + channel[:, None], acc[part], mask=mask)
-    tl.store(top_ptr + out, top, mask=row < num_rows)
-    tl.store(total_ptr + out, total, mask=row < num_rows)
+    store_state(acc, total, top, acc_ptr, top_ptr, total_ptr, base, split, row, num_rows, dim, channels, passes)
 
 
 @triton.jit

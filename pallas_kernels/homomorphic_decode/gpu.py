@@ -15,7 +15,7 @@ from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.homomorphic_decode.block_sizes import NUM_WARPS, VALUE_CHANNELS, gpu_sizes
 from pallas_kernels.homomorphic_decode.partitions import centre, to_int8
 from pallas_kernels.softmax_state import State
-from pallas_kernels.triton_attention import DEAD, LEAST, merge, see, tanh
+from pallas_kernels.triton_attention import LEAST, fold, merge, store_state
 from pallas_kernels.triton_words import codes_in_order
 
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds a small float to an integer, ties to even
@@ -124,12 +124,8 @@ def _attend(
             logits += _dot(q_ptr, q_scale_ptr, q_offset_ptr, q_sums_ptr, k_ptr, k_scale_ptr, k_zero_ptr, k_sums_ptr,
                            base, start, row, group, num_rows, dim, num_slots, tile, part,
                            k_bits, k_group, k_middle, k_centre)  # fmt: skip
-        if soft_cap > 0:
-            logits = soft_cap * tanh(logits / soft_cap)
-        logits = tl.where(see(pos_ptr, slot, slot < length, q_pos, pos_heads, sliding_window), logits, DEAD)
-        most = tl.maximum(top, tl.max(logits, 0))
-        keep, p, top = tl.exp(top - most), tl.exp(logits - most[None, :]), most
-        total = total * keep + tl.sum(p, 0)
+        p, keep, total, top = fold(logits, total, top, pos_ptr, slot, length, q_pos,
+                                   pos_heads, soft_cap, sliding_window)  # fmt: skip
         p = tl.reshape(p, (tile // v_group, v_group, rows))
         low = tl.min(p, 1)
         scale = (tl.max(p, 1) - low) * (1 / 255)
@@ -143,13 +139,7 @@ def _attend(
                         base, start, index, dim, num_slots, tile, channels,
                         v_bits, v_group, v_middle, v_centre)  # fmt: skip
             acc = acc + (old[index] * keep[None, :] + more,)
-    out = (base * tl.num_programs(1) + split) * num_rows + row
-    for index in tl.static_range(passes):
-        channel = index * channels + tl.arange(0, channels)
-        mask = (channel < dim)[:, None] & (row < num_rows)[None, :]
-        tl.store(acc_ptr + out[None, :] * dim + channel[:, None], acc[index], mask=mask)
-    tl.store(top_ptr + out, top, mask=row < num_rows)
-    tl.store(total_ptr + out, total, mask=row < num_rows)
+    store_state(acc, total, top, acc_ptr, top_ptr, total_ptr, base, split, row, num_rows, dim, channels, passes)
 
 
 @triton.jit
