@@ -239,7 +239,8 @@ def _compose(whole: Method, specs: list[LayerSpec], max_len: int) -> LayerSpec:
     if capacity < block:
         needed = sinks + window + 2 * block - 1
         raise ValueError(
-            f"budget={budget} tokens is too small: {sinks} sinks, {window} exact and a block of {block} need {needed}."
+            f"budget={budget} tokens of a layer is too small: {sinks} sinks, {window} exact ones, a block of {block} and "
+            f"what waits for the next need {needed}; take a larger budget or a smaller window."
         )
     policy = dataclasses.replace(select.policy, num_sinks=sinks)
     reserve = -(-later // block) * block

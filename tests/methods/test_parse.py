@@ -47,7 +47,7 @@ def test_malformed_text_is_refused(text, words):
         ("streaming_llm:budget=4", "budget=4 tokens must exceed num_sinks=4"),
         ("streaming_llm:budget=1.5", r"budget=1.5 is a fraction and must be in \(0, 1\]"),
         ("h2o:budget=10,recent=10", r"budget=10 tokens must exceed num_sinks=0 \+ recent=10"),
-        ("h2o:budget=40+kivi", "budget=40 tokens is too small"),
+        ("h2o:budget=40+kivi", "budget=40 tokens of a layer is too small"),
         ("int8:window=-1", "window=-1 must be >= 0"),
         ("h2o:budget=0", "budget=0 must be at least 1 token"),
     ],
