@@ -23,6 +23,7 @@ from kvcomp_jax.codecs import (
 from kvcomp_jax.handed import hand_on, hands_on
 from kvcomp_jax.kernels import TierKernel, kernels_in_use
 from kvcomp_jax.methods import METHODS, Context, Method, MethodInfo, method, parse
+from kvcomp_jax.outputs import output_norm, wants_output_norm
 from kvcomp_jax.plan import CachePlan, Layout
 from kvcomp_jax.policies import (
     Distinct,
@@ -116,6 +117,7 @@ __all__ = [
     "method",
     "nbytes",
     "open_prompt",
+    "output_norm",
     "parse",
     "peak_attention",
     "positions",
@@ -123,4 +125,5 @@ __all__ = [
     "psum_merge",
     "recalls",
     "settle",
+    "wants_output_norm",
 ]

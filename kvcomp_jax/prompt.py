@@ -32,6 +32,7 @@ class PromptCache:
     watched: Watched | None  # what the policy keeps of the queries until the prompt closes
     filled: jax.Array  # i32[B], tokens staged
     pos: jax.Array | None = None  # i32[B, S], text positions of a prompt of which some were left out; None: in order
+    output_norm: jax.Array | None = None  # f32[B, K, S], of staged values, if `weighs_outputs`
     policy: Policy | None = static()  # of base if it looks at prompts
     streamed: LayerSpec | None = static(default=None)  # as whose stream chunks attend; None: exactly
     sliding_window: int | None = static()
@@ -43,6 +44,11 @@ class PromptCache:
     def in_one_chunk(self) -> bool:
         """Whether it is empty, and the whole prompt comes in one chunk that leaves it open."""
         return self.staged is None and not self.final
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether its policy must know `output_norm` of each chunk."""
+        return self.fresh and self.policy is not None and self.policy.weighs_outputs
 
 
 def open_prompt(
@@ -64,7 +70,7 @@ def open_prompt(
     if capacity < 0:
         raise ValueError(f"capacity={capacity} must be positive, or 0 for a prompt in one chunk.")
     batch, heads, _, head_dim = cache.window.k.shape
-    policy, staged, watched = cache.spec.policy, None, None
+    policy, staged, watched, norm = cache.spec.policy, None, None, None
     if capacity:
         slots, dtype = (batch, heads, capacity), cache.window.k.dtype
         stat = policy.new_stat(slots) if policy.keeps_stat else None
@@ -76,10 +82,12 @@ def open_prompt(
                     f"{type(policy).__name__} judges a prompt by its queries."
                 )
             watched = policy.new_watched((batch, heads, num_heads // heads), head_dim, capacity)
+        norm = jnp.zeros(slots) if fresh and policy.weighs_outputs else None
     return PromptCache(
         base=cache,
         staged=staged,
         watched=watched,
+        output_norm=norm,
         filled=jnp.zeros_like(cache.length),
         policy=policy if policy.looks_at_prompt else None,
         streamed=cache.spec if fresh and cache.spec.prefill == "stored" else None,
@@ -144,6 +152,7 @@ def as_seen(prompt: PromptCache, cache: LayerCache | None, staged: Exact) -> Pro
         start=jnp.zeros_like(prompt.filled) if prompt.fresh or cache is None else cache.length,
         soft_cap=prompt.soft_cap,
         sliding_window=prompt.sliding_window,
+        output_norm=prompt.output_norm,
     )
 
 
@@ -167,6 +176,7 @@ def prefill(
     *,
     sm_scale: float | None = None,
     soft_cap: float | None = None,
+    output_norm: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """Read a whole prompt into an empty cache: attend causally, exactly unless its spec says otherwise, then compress.
 
@@ -174,12 +184,13 @@ def prefill(
       q: [B, T, H, D]; k, v: [B, T, K, D], right padded, keys already at their positions.
       length: i32[B], real tokens of each row; None = T.
       sm_scale, soft_cap: As in `decode`.
+      output_norm: As in `extend`.
 
     Returns:
       out [B, T, H, D] in q's dtype, and the cache.
     """
     prompt = open_prompt(cache, 0, final=True)
-    out, closed = extend(prompt, q, k, v, length, sm_scale=sm_scale, soft_cap=soft_cap)
+    out, closed = extend(prompt, q, k, v, length, sm_scale=sm_scale, soft_cap=soft_cap, output_norm=output_norm)
     return out, cast(LayerCache, closed)
 
 
@@ -192,13 +203,17 @@ def attend(
     *,
     sm_scale: float | None = None,
     soft_cap: float | None = None,
+    output_norm: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache | PromptCache]:
     """Attend from new tokens to a cache and to themselves, and keep them: the one call a model makes.
 
-    A `PromptCache` takes a chunk of the prompt, see `extend`; a `LayerCache` takes a decode step, see `decode`.
+    A `PromptCache` takes a chunk of the prompt, see `extend`, which alone needs `output_norm`, and only if
+    `wants_output_norm(cache)`; a `LayerCache` takes a decode step, see `decode`.
     """
-    step = extend if isinstance(cache, PromptCache) else decode
-    return step(cache, q, k, v, length, sm_scale=sm_scale, soft_cap=soft_cap)
+    options = {"sm_scale": sm_scale, "soft_cap": soft_cap}
+    if isinstance(cache, PromptCache):
+        return extend(cache, q, k, v, length, **options, output_norm=output_norm)
+    return decode(cache, q, k, v, length, **options)
 
 
 def extend(
@@ -210,15 +225,21 @@ def extend(
     *,
     sm_scale: float | None = None,
     soft_cap: float | None = None,
+    output_norm: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache | PromptCache]:
     """Read one chunk of a prompt.
 
     Args:
       prompt: See `open_prompt`; the padded chunks together must fit its capacity.
       q: [B, T, H, D]; k, v: [B, T, K, D], right padded. length: i32[B], real tokens a row; None = T.
+      sm_scale, soft_cap: As in `decode`.
+      output_norm: f32[B, T, K] of the chunk, see `outputs.output_norm`; for policies that weigh outputs, else unused.
 
     Returns:
       out [B, T, H, D] and the prompt; the closed cache if it was `final`.
+
+    Raises:
+      ValueError: If shapes do not fit, or the policy weighs outputs and `output_norm` is missing.
     """
     base = prompt.base
     check_fits(cast(Exact, prompt.staged or cast(LayerCache, base).window), q, k, v)
@@ -242,6 +263,8 @@ def extend(
         seen = before + prompt.filled + length
         staged = dataclasses.replace(staged, stat=prompt.policy.observe(staged.stat, received, pos, seen, length))
     read = dataclasses.replace(prompt, base=base, watched=watched, filled=prompt.filled + length)
+    if prompt.weighs_outputs:
+        read = dataclasses.replace(read, output_norm=_stage_norm(prompt, output_norm, k))
     if watched is not None:
         read = dataclasses.replace(read, soft_cap=soft_cap)
     if prompt.final:
@@ -299,6 +322,21 @@ def _stage(prompt: PromptCache, k: jax.Array, v: jax.Array) -> Exact:
     return dataclasses.replace(
         prompt.staged, k=write(prompt.staged.k, k, prompt.filled), v=write(prompt.staged.v, v, prompt.filled)
     )
+
+
+def _stage_norm(prompt: PromptCache, norm: jax.Array | None, k: jax.Array) -> jax.Array:
+    """Write a chunk's norms [B, T, K] behind those so far, as `_stage` does its keys [B, T, K, D]."""
+    if norm is None or norm.shape != k.shape[:3]:
+        raise ValueError(
+            f"output_norm={None if norm is None else norm.shape} must be {k.shape[:3]}: {type(prompt.policy).__name__} "
+            "weighs values by what the output projection makes of them. Pass kvcomp_jax.output_norm(v, weight), or take "
+            "projected=False, by which they count as cached."
+        )
+    norm = norm.swapaxes(1, 2).astype(jnp.float32)
+    if prompt.output_norm is None:
+        return norm
+    write = jax.vmap(lambda x, new, at: lax.dynamic_update_slice_in_dim(x, new, at, 1))
+    return write(prompt.output_norm, norm, prompt.filled)
 
 
 def _seen(base: LayerCache, filled: jax.Array) -> LayerCache:

@@ -68,6 +68,13 @@ class Linear(nn.Module):
         return y * scale.astype(jnp.float32).reshape(*(1,) * (rows.ndim - 1), -1)
 
 
+def dense_weight(params: Any, integers: IntegerFormat) -> jax.Array:
+    """The weight [N, M] of a `Linear` from its parameters, codes multiplied out."""
+    if integers.weight_bits is None:
+        return params["weight"]
+    return (unpack_weight(params["codes"], integers.weight_bits) * params["scale"].astype(jnp.float32)[None]).T
+
+
 class Norm(nn.Module):
     """RMS norm (optionally with 1 + weight) or layer norm, in float32."""
 
@@ -137,10 +144,20 @@ class Attention(nn.Module):
         if cache is None:
             out = kvc.causal_attention(q, k, v, **scale, sliding_window=c.sliding_windows[self.layer])
         else:
-            out, cache = kvc.attend(cache, q, k, v, length, **scale)
+            norm = self._output_norm(v) if kvc.wants_output_norm(cache) else None
+            out, cache = kvc.attend(cache, q, k, v, length, **scale, output_norm=norm)
         if c.rotate_heads:
             out = hadamard_blocks(out.swapaxes(-1, -2)).swapaxes(-1, -2)
         return Linear(c.model_dim, c.o_bias, c.integers, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
+
+    def _output_norm(self, v: jax.Array) -> jax.Array:
+        """Of each value, what the output projection can make of it: [B, T, K, D] -> f32[B, T, K]."""
+        c = self.config
+        weight = dense_weight(self.variables["params"]["o_proj"], c.integers)
+        if c.rotate_heads:
+            by_head = weight.reshape(weight.shape[0], c.num_heads, c.head_dim)
+            weight = hadamard_blocks(by_head.swapaxes(-1, -2)).swapaxes(-1, -2).reshape(weight.shape)
+        return kvc.output_norm(v, weight)
 
 
 class MLP(nn.Module):

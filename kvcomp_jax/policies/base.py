@@ -33,6 +33,7 @@ class Prompt:
     watched: Watched | None  # as the policy's `watch` kept it
     soft_cap: float | None = static(default=None)
     start: jax.Array  # i32[B], text position of its first token
+    output_norm: jax.Array | None = None  # f32[B, K, S], see `kvcomp_jax.outputs`; None if the policy asked for none
     sliding_window: int | None = static(default=None)
 
     def mass(self, at: jax.Array, weight: jax.Array | None = None) -> jax.Array:
@@ -152,9 +153,14 @@ class Policy:
         return False
 
     @property
+    def weighs_outputs(self) -> bool:
+        """Whether a prompt's values count by what the output projection makes of them: `Prompt.output_norm`."""
+        return False
+
+    @property
     def looks_at_prompt(self) -> bool:
         """Whether reading a prompt must do more for this policy than attend."""
-        return self.keeps_stat or self.watches
+        return self.keeps_stat or self.watches or self.weighs_outputs
 
     @property
     def watches(self) -> bool:

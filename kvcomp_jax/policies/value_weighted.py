@@ -11,10 +11,10 @@ from kvcomp_jax.types import pytree, static
 
 @pytree
 class ValueWeighted(PromptRank):
-    """Rank the best tokens of another policy first, and the others by its score times the L1 norm of their values.
+    """Rank the best tokens of another policy first, and the others by its score times the norm of what they add.
 
-    What evicting a token does to the output is bounded by its attention times the norm of its projected value; in each
-    head the first tokens are taken by attention alone.
+    What evicting a token does to the output is bounded by its attention times the L1 norm of its projected value; in
+    each head the first tokens are taken by attention alone.
 
     Attributes:
       inner: Scores a prompt.
@@ -22,9 +22,10 @@ class ValueWeighted(PromptRank):
       budget: Tokens that a head keeps; a float is a share of the prompt.
       beside: How many of them are not ranked.
       epsilon: Added to scores, so that values count where there is no attention.
+      projected: Whether the norm is that of projected values, which the model tells (`outputs.output_norm`); if not,
+        that of values as cached.
 
-    Source: CriticalKV, Feng et al. 2025, arXiv:2502.03805, algorithm 1. There values are multiplied by the output
-    projection first, which a cache does not know.
+    Source: CriticalKV, Feng et al. 2025, arXiv:2502.03805, algorithm 1.
     """
 
     inner: PromptRank = static(default=PromptRank())
@@ -32,6 +33,7 @@ class ValueWeighted(PromptRank):
     budget: int | float = static(default=0.5)
     beside: int = static(default=0)
     epsilon: float = static(default=1e-4)
+    projected: bool = static(default=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +46,11 @@ class ValueWeighted(PromptRank):
     def watches(self) -> bool:
         """As the inner policy."""
         return self.inner.watches
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """As `projected` says."""
+        return self.projected
 
     def new_watched(self, rows: tuple[int, int, int], head_dim: int, capacity: int) -> Watched:
         """The inner policy's."""
@@ -63,5 +70,5 @@ class ValueWeighted(PromptRank):
         if isinstance(self.budget, float):
             tokens = jnp.floor(prompt.length * self.budget).astype(jnp.int32)
         first = jnp.floor(self.first * (tokens - self.beside)).astype(jnp.int32)
-        norm = jnp.abs(prompt.v.astype(jnp.float32)).sum(-1)
+        norm = prompt.output_norm if self.projected else jnp.abs(prompt.v.astype(jnp.float32)).sum(-1)
         return jnp.where(rank < first[:, None, None], jnp.inf, (score + self.epsilon) * norm)

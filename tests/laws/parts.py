@@ -158,7 +158,7 @@ METHODS = [
     "r_kv:budget=0.5,buffer=12,recent=5,num_sinks=1",
     "ada_kv:budget=0.5,window=8",
     "ada_kv:budget=120,window=16+kivi:bits=4",
-    "critical_kv:budget=0.5,by=snapkv,window=8,num_sinks=2",
+    "critical_kv:budget=0.5,by=snapkv,window=8,num_sinks=2,projected=false",
     DUO,
     f"{DUO}+int4",
     PYRAMID,
