@@ -329,8 +329,8 @@ def _stage_norm(prompt: PromptCache, norm: jax.Array | None, k: jax.Array) -> ja
     if norm is None or norm.shape != k.shape[:3]:
         raise ValueError(
             f"output_norm={None if norm is None else norm.shape} must be {k.shape[:3]}: {type(prompt.policy).__name__} "
-            "weighs values by what the output projection makes of them. Pass kvcomp_jax.output_norm(v, weight), or take "
-            "projected=False, by which they count as cached."
+            "weighs values by what the output projection makes of them. Pass kvcomp_jax.output_norm(v, weight), or "
+            "take projected=False, by which they count as cached."
         )
     norm = norm.swapaxes(1, 2).astype(jnp.float32)
     if prompt.output_norm is None:

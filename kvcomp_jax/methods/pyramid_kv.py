@@ -28,10 +28,11 @@ def pyramid_kv(
     """Choose tokens of the prompt by the votes of its last `window`, fewer in each layer than in the one before.
 
     `budget` is the mean over layers; they fall linearly, and the last layer's is `budget / beta`, but not below the
-    window and one token, nor the first one's above a prompt whose length the budget is a fraction of. Budgets count the
-    window, as in kvpress, whose defaults these are; where these bounds do not fit, kvpress gives all layers the same.
+    window and one token, or in a composition one block, nor the first one's above a prompt whose length the budget is a
+    fraction of. Budgets count the window, as in kvpress, whose defaults these are; where these bounds do not fit,
+    kvpress gives all layers the same.
     """
-    layers, tokens, least = context.layout.num_layers, context.tokens(budget), num_sinks + window + 1
+    layers, tokens, least = context.layout.num_layers, context.tokens(budget), num_sinks + window + context.least
     if beta < 1:
         raise ValueError(f"beta={beta} must be at least 1.")
     shrink = isinstance(budget, float)

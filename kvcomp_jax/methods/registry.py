@@ -25,11 +25,14 @@ class Context:
       layout: The model.
       max_len: Tokens that a row may reach, prompt and continuation.
       prompt_len: Tokens of the prompt, for budgets that are a fraction of it; None if unknown.
+      least: Tokens of a layer's budget, sinks and window aside, that a selecting method needs at least: 1, or where a
+        quantising one stores them, a block and what waits for the next.
     """
 
     layout: Layout
     max_len: int
     prompt_len: int | None = None
+    least: int = 1
 
     def tokens(self, budget: int | float) -> int:
         """Resolve a budget: an int is tokens, a float a fraction of the prompt."""
@@ -150,8 +153,7 @@ class Method:
             raise ValueError(f"max_len={max_len} must be at least 1 token.")
         context = Context(layout, max_len, prompt_len)
         try:
-            built = [METHODS[name].build(context, **dict(options)) for name, options in self.parts]
-            every = [(part,) * layout.num_layers if isinstance(part, LayerSpec) else part for part in built]
+            every = self._build(context)
             fit = functools.cache(functools.partial(self._fit, context))  # layers are often alike
             windows = layout.sliding_windows or (None,) * layout.num_layers
             by_layer = zip(zip(*every, strict=True), windows, strict=True)
@@ -160,6 +162,16 @@ class Method:
             kind = NotCalibrated if isinstance(error, NotCalibrated) else ValueError
             raise kind(f"{self}: {error}") from error
         return CachePlan(specs, layout, planner=self, max_len=max_len)
+
+    def _build(self, context: Context) -> list[tuple[LayerSpec, ...]]:
+        """Each part's specs of all layers; a selecting part is built last, since it may size budgets by blocks."""
+        built: dict[str, tuple[LayerSpec, ...]] = {}
+        for name, options in sorted(self.parts, key=lambda part: METHODS[part[0]].axis != "quantise"):
+            spec = METHODS[name].build(context, **dict(options))
+            built[name] = (spec,) * context.layout.num_layers if isinstance(spec, LayerSpec) else spec
+            blocks = [_block(layer) for layer in built[name] if METHODS[name].axis == "quantise"]
+            context = dataclasses.replace(context, least=2 * max(blocks, default=1) - 1)
+        return [built[name] for name, _ in self.parts]
 
     def _fit(self, context: Context, parts: tuple[LayerSpec, ...], window: int | None) -> LayerSpec:
         """The spec of one layer, whose queries see `window` tokens, from those of the method's parts."""
@@ -229,8 +241,7 @@ def _compose(whole: Method, specs: list[LayerSpec], max_len: int) -> LayerSpec:
     select, store = specs if METHODS[whole.parts[0][0]].axis == "select" else reversed(specs)
     if select.evicts_nothing(max_len):
         return _look_up(select, store, max_len)
-    final = store.rungs[-1]
-    block = -(-16 // final.unit) * final.unit
+    final, block = store.rungs[-1], _block(store)
     window = select.window if select.rungs else store.window
     sinks = max(select.policy.num_sinks, store.policy.num_sinks)
     later = sum(rung.reserve for rung in select.rungs)
@@ -239,14 +250,20 @@ def _compose(whole: Method, specs: list[LayerSpec], max_len: int) -> LayerSpec:
     if capacity < block:
         needed = sinks + window + 2 * block - 1
         raise ValueError(
-            f"budget={budget} tokens of a layer is too small: {sinks} sinks, {window} exact ones, a block of {block} and "
-            f"what waits for the next need {needed}; take a larger budget or a smaller window."
+            f"budget={budget} tokens of a layer is too small: {sinks} sinks, {window} exact ones, a block of {block} "
+            f"and what waits for the next need {needed}; take a larger budget or a smaller window."
         )
     policy = dataclasses.replace(select.policy, num_sinks=sinks)
     reserve = -(-later // block) * block
     rung = dataclasses.replace(final, capacity=capacity + reserve, reserve=reserve, heads=select.heads)
     kept = {"drop": select.drop, "close_gap": select.close_gap}
     return LayerSpec(rungs=(rung,), policy=policy, window=window, block_size=block, **kept)
+
+
+def _block(store: LayerSpec) -> int:
+    """Tokens of a composition that settle together: at least 16, whole units of the codecs."""
+    unit = store.rungs[-1].unit if store.rungs else 1
+    return -(-16 // unit) * unit
 
 
 def _look_up(select: LayerSpec, store: LayerSpec, max_len: int) -> LayerSpec:

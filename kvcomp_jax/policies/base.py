@@ -85,6 +85,13 @@ class Prompt:
             raise TypeError("the policy kept no probes: num_probes must be positive.")
         return self.watched
 
+    @property
+    def projected(self) -> jax.Array:
+        """`output_norm`; TypeError if the policy asked for none."""
+        if self.output_norm is None:
+            raise TypeError("the policy asked for no norms of outputs: weighs_outputs must be true.")
+        return self.output_norm
+
 
 @pytree
 class Step:

@@ -70,5 +70,5 @@ class ValueWeighted(PromptRank):
         if isinstance(self.budget, float):
             tokens = jnp.floor(prompt.length * self.budget).astype(jnp.int32)
         first = jnp.floor(self.first * (tokens - self.beside)).astype(jnp.int32)
-        norm = prompt.output_norm if self.projected else jnp.abs(prompt.v.astype(jnp.float32)).sum(-1)
+        norm = prompt.projected if self.projected else jnp.abs(prompt.v.astype(jnp.float32)).sum(-1)
         return jnp.where(rank < first[:, None, None], jnp.inf, (score + self.epsilon) * norm)

@@ -43,6 +43,18 @@ def test_budgets_are_those_of_kvpress(prompt, ratio, layers):
     assert sizes[0] <= prompt - 64 or ratio < 0.5
 
 
+@pytest.mark.parametrize("store", ["int4", "kivi:bits=4"])
+@pytest.mark.parametrize("budget", [0.5, 0.25])
+def test_compositions_leave_the_last_layers_a_block(budget, store):
+    layout = kvc.Layout(num_layers=30, num_kv_heads=1, head_dim=64)
+    specs = kvc.parse(f"pyramid_kv:budget={budget}+{store}").plan(layout, max_len=1280, prompt_len=1024).specs
+    for spec in specs:
+        assert spec.rungs[-1].capacity - spec.rungs[-1].reserve >= spec.block_size
+    kept = [of_prompt(spec) + spec.block_size - 1 for spec in specs]  # what waits for its block counts
+    assert kept == sorted(kept, reverse=True)
+    assert layout.num_layers * budget * 1024 * 0.95 <= sum(kept) <= layout.num_layers * budget * 1024
+
+
 def test_schedule_has_the_closed_form():
     assert pyramid(32 * 120, 32, ratio=39.0) == tuple(round(234 - i * 228 / 31) for i in range(32))
     assert sum(pyramid(1000, 7)) == 1000

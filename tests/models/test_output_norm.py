@@ -76,7 +76,7 @@ def test_only_first_prompts_of_policies_that_weigh_outputs_want_it():
 
 
 def test_weights_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="must be .* with H a multiple of 2 KV heads"):
+    with pytest.raises(ValueError, match=r"must be .* with H a multiple of 2 KV heads"):
         kvc.output_norm(jnp.zeros((1, 4, 2, 8)), jnp.zeros((16, 24)))
 
 
