@@ -1,0 +1,79 @@
+"""Law 5, how many tokens a cache may hold: budgets of methods that evict, windows of sliding-window layers."""
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvcomp_jax as kvc
+from tests.laws.parts import FORMS, HEAD_DIM, PYRAMID, decode_many, prefill, qkv
+from tests.laws.test_cache import LENGTHS, STEPS, exact, lengths_for, run
+
+BUDGETED = [
+    ("streaming_llm:budget=40", 40),
+    ("h2o:budget=40", 40),
+    ("h2o:budget=40,num_sinks=3", 40),
+    ("h2o:budget=0.5", 35),
+    ("tova:budget=40,num_sinks=2", 40),
+    ("snapstream:budget=40", 40),
+    ("r_kv:budget=40,buffer=8", 40),
+]
+
+
+@pytest.mark.parametrize(("text", "budget"), BUDGETED)
+def test_evicting_caches_hold_exactly_their_budget(text, budget):
+    q, k, v = qkv(7, 2, 110)
+    _, _, cache, after_prompt = run(text, q, k, v, [70, 70])
+    np.testing.assert_array_equal(kvc.live_tokens(after_prompt), budget)
+    np.testing.assert_array_equal(kvc.live_tokens(cache), budget)
+    assert_no_duplicates(cache)
+
+
+@pytest.mark.parametrize(
+    "text", ["h2o:budget=90+int4", "h2o:budget=64,block_size=4", "streaming_llm:budget=100+kivi:bits=4"]
+)
+def test_block_wise_evicting_caches_never_exceed_their_budget(text):
+    q, k, v = qkv(8, 1, 260)
+    _, _, cache, after_prompt = run(text, q, k, v, [180], steps=80)
+    budget = int(text.split("=")[1].split("+")[0].split(",")[0])
+    slack = cache.spec.block_size
+    for held in (after_prompt, cache):
+        live = int(kvc.live_tokens(held)[0])
+        assert budget - 3 * slack <= live <= budget + slack - 1
+    assert_no_duplicates(cache)
+
+
+@pytest.mark.parametrize("text", [*sorted(FORMS - {PYRAMID}), "full:block_size=64"])
+@pytest.mark.parametrize("window", [16, 48])
+def test_sliding_window_layers_never_exceed_their_window(text, window):
+    q, k, v = qkv(12, 4, max(LENGTHS) + STEPS)
+    lengths = lengths_for(text)
+    _, decoded, cache, _ = run(text, q, k, v, lengths, window=window)
+    ring = 4 * 2 * 2 * window * HEAD_DIM * 4  # batch, k and v, heads
+    counters = 4 * 4 * (3 + 2 * len(cache.tiers))
+    assert kvc.nbytes(cache).allocated <= ring + counters
+    if text.startswith("full"):
+        whole = exact(q, k, v, window)
+        for row, n in enumerate(lengths):
+            chex.assert_trees_all_close(decoded[row], whole[row, n : n + STEPS], atol=1e-5)
+
+
+def test_long_compressed_sliding_windows_see_all_of_their_window():
+    """A compressed ladder cut to the window holds every token that a query may see."""
+    from kvcomp_jax.plan import localise
+
+    spec = kvc.parse("kivi:bits=2,residual=32").spec(max_len=2000, head_dim=HEAD_DIM)
+    local = localise(spec, 512, 2000, HEAD_DIM)
+    assert len(local.rungs) == 2
+    held = local.window + sum(r.capacity for r in local.rungs)
+    assert held >= 512
+    q, k, v = qkv(13, 1, 1500)
+    sharp = kvc.LayerSpec(
+        rungs=tuple(kvc.Rung(kvc.Identity(), kvc.Identity(), r.capacity) for r in local.rungs),
+        block_size=local.block_size,
+        sliding_window=512,
+    )
+    cache = kvc.init(sharp, batch=1, num_kv_heads=2, head_dim=HEAD_DIM, dtype=jnp.float32)
+    _, cache = prefill(cache, q[:, :1400], k[:, :1400], v[:, :1400])
+    out, _ = decode_many(cache, q[:, 1400:], k[:, 1400:], v[:, 1400:])
+    chex.assert_trees_all_close(out, exact(q, k, v, 512)[:, 1400:], atol=1e-5)
