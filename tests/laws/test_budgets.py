@@ -7,7 +7,7 @@ import pytest
 
 import kvcomp_jax as kvc
 from tests.laws.parts import FORMS, HEAD_DIM, PYRAMID, decode_many, prefill, qkv
-from tests.laws.test_cache import LENGTHS, STEPS, exact, lengths_for, run
+from tests.laws.test_cache import LENGTHS, STEPS, assert_no_duplicates, exact, lengths_for, run
 
 BUDGETED = [
     ("streaming_llm:budget=40", 40),
