@@ -48,8 +48,8 @@ class CodebookRows(NamedTuple):
         """Whether channels have no units yet and nothing rotates, so that joining and outliers may come on top."""
         return self.channel_scale is None and self.channel_zero_point is None and self.rope is None
 
-    def cut(self, first: jax.Array, size: int) -> "CodebookRows":
-        """Slots first .. first + size, whole words."""
+    def cut(self, first: jax.Array, size: int) -> "Stored":
+        """What is stored of slots first .. first + size, whole words."""
 
         def one(x: jax.Array | None) -> jax.Array | None:
             if x is None:
@@ -57,8 +57,21 @@ class CodebookRows(NamedTuple):
             rows = x.shape[2]
             return lax.dynamic_slice_in_dim(x, first * rows // self.num_slots, size * rows // self.num_slots, 2)
 
-        names = ("codes", "scale", "zero_point", "outliers", "outlier_channels")
-        return self._replace(**{name: one(getattr(self, name)) for name in names})
+        return Stored(*(one(getattr(self, name)) for name in Stored._fields))
+
+    def with_stored(self, stored: "Stored") -> "CodebookRows":
+        """Rows of other slots."""
+        return self._replace(**stored._asdict())
+
+
+class Stored(NamedTuple):
+    """The arrays of `CodebookRows` that have slots."""
+
+    codes: jax.Array
+    scale: jax.Array | None
+    zero_point: jax.Array | None
+    outliers: jax.Array | None
+    outlier_channels: jax.Array | None
 
 
 def decoded(x: CodebookRows, heads: int, pos: jax.Array | None) -> jax.Array:

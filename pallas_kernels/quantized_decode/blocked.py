@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.blocks import fold_blocks
 from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.packing import pack_unit
 from pallas_kernels.prefill.reference import MASK_VALUE, capped
@@ -37,26 +38,28 @@ def quantized_decode(
     num_slots = k.codes.shape[2] * 32 // k_format.bits if k_format.bits < 8 else k.codes.shape[2]
     size = min(num_slots, math.lcm(BLOCKED, _unit(k_format), _unit(v_format)))
 
-    def step(j: jax.Array, state: tuple) -> tuple:
-        acc, top, total = state
+    def cut(j: jax.Array) -> tuple[Quantized, Quantized, jax.Array | None]:
         first = jnp.minimum(j * size, num_slots - size)  # the last block is moved back to end at S
-        slots = first + jnp.arange(size)
-        keys = dequantize(_block(k, j, size, num_slots), k_format)  # [B, K, P, D]
-        logits = lax.dot_general(keys, q, (((3,), (3,)), ((0, 1), (0, 1)))).swapaxes(2, 3)  # [B, K, R, P]
         here = None if pos is None else lax.dynamic_slice_in_dim(pos, first, size, 2)
+        return _block(k, j, size, num_slots), _block(v, j, size, num_slots), here
+
+    def step(j: jax.Array, block: tuple[Quantized, Quantized, jax.Array | None], state: tuple) -> tuple:
+        (keys, values, here), (acc, top, total) = block, state
+        slots = jnp.minimum(j * size, num_slots - size) + jnp.arange(size)
+        rows = dequantize(keys, k_format)  # [B, K, P, D]
+        logits = lax.dot_general(rows, q, (((3,), (3,)), ((0, 1), (0, 1)))).swapaxes(2, 3)  # [B, K, R, P]
         live = live_slots(length, here, q_pos, slots, sliding_window) & (slots >= j * size)[None, None, None]
         logits = jnp.where(live, capped(logits, soft_cap), MASK_VALUE)
         new_top = jnp.maximum(top, logits.max(-1))
         keep = jnp.exp(top - new_top)
         p = jnp.where(live, jnp.exp(logits - new_top[..., None]), 0.0)
-        values = dequantize(_block(v, j, size, num_slots), v_format)
-        acc = acc * keep[..., None] + jnp.einsum("bkrs,bksd->bkrd", p, values)
+        acc = acc * keep[..., None] + jnp.einsum("bkrs,bksd->bkrd", p, dequantize(values, v_format))
         return acc, new_top, total * keep + p.sum(-1)
 
     rows = q.shape[:3]
     start = jnp.zeros((*rows, v.codes.shape[-1])), jnp.full(rows, MASK_VALUE), jnp.zeros(rows)
     num_blocks = (jnp.minimum(length.max(), num_slots) + size - 1) // size
-    return lax.fori_loop(0, num_blocks, step, start)
+    return fold_blocks(num_blocks, cut, step, start, ahead=3 in (k_format.bits, v_format.bits))
 
 
 def _unit(fmt: Format) -> int:

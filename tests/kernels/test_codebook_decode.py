@@ -67,7 +67,7 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match=r"codes of keys .* do not fit q"):
         codebook_decode(q[..., :32], k, v, length, pos, q_pos, **options)
     with pytest.raises(ValueError, match="256 slots of keys are not 128 of values"):
-        codebook_decode(q, k, v.cut(0, 128), length, pos, q_pos, **options)
+        codebook_decode(q, k, v.with_stored(v.cut(0, 128)), length, pos, q_pos, **options)
     with pytest.raises(ValueError, match="need pos"):
         codebook_decode(q, k, v, length, **options)
     with pytest.raises(ValueError, match="values do not rotate"):
