@@ -9,7 +9,7 @@ from jax import lax
 
 from kvcomp_jax.cache import Exact, LayerCache, thin
 from kvcomp_jax.heads import assign, share, side_by_side
-from kvcomp_jax.ladder import expand
+from kvcomp_jax.ladder import expand, left_by_drop
 from kvcomp_jax.orders import permute
 from kvcomp_jax.policies import PromptRank
 from kvcomp_jax.tiers import Tier, arranged, ring_index
@@ -152,9 +152,10 @@ def _fill_by_score(
     for tier, room in zip(cache.tiers, _room(cache), strict=True):
         here = room if tier.keeps is None else settled // cache.spec.block_size * tier.keeps
         count = jnp.clip(settled - first, 0, jnp.minimum(here, room)) // tier.unit * tier.unit
+        taken = left_by_drop(tier, count, cache.spec.drop) if tier is cache.tiers[-1] else count
         slot = jnp.arange(tier.capacity, dtype=jnp.int32)[None]
         rank = slot + first[:, None]
-        live = slot < count[:, None]
+        live = slot < taken[:, None]
         index = jnp.take_along_axis(order, rank[:, None], 2, mode="clip")
         index = jnp.sort(jnp.where(live[:, None], index, num_slots), -1)
         rows = gather(prompt, index)

@@ -177,16 +177,33 @@ def empty_lowest(tier: Tier, score: Callable[[], jax.Array], drop: int | float) 
     def empty(pos: jax.Array) -> jax.Array:
         worth = jnp.where(usable, _unit_means(score(), pos, tier.unit), jnp.inf)
         rank = jnp.argsort(jnp.argsort(worth, -1, stable=True), -1)
-        num = -(-drop // tier.unit) * jnp.ones_like(limit)
-        if isinstance(drop, float):
-            num = jnp.round(limit.astype(jnp.float32) * drop).astype(jnp.int32)
-        lowest = full & (rank < num[:, None, None]) & usable
+        lowest = full & (rank < _dropped(tier, drop)[:, None, None]) & usable
         return jnp.where(jnp.repeat(lowest, tier.unit, -1), -1, pos)
 
     pos = cast(jax.Array, tier.pos)  # ranked
     units = pos.reshape(*pos.shape[:2], num_units, tier.unit)
     full = ((units >= 0).any(-1) | ~usable).all(-1, keepdims=True)
     return dataclasses.replace(tier, pos=lax.cond(full.any(), empty, lambda pos: pos, pos))
+
+
+def left_by_drop(tier: Tier, count: jax.Array, drop: int | float) -> jax.Array:
+    """How many of a prompt's best tokens, i32[B], are to enter a rung that takes `count` and evicts when it is full.
+
+    Tokens that share words are evicted together, a good one with its neighbours. Of a prompt they can be left out one by
+    one. A rung of single tokens takes all, and `empty_lowest` chooses.
+    """
+    if not drop or tier.unit == 1:
+        return count
+    limit = tier.limit // tier.unit
+    return jnp.where(count >= limit * tier.unit, (limit - _dropped(tier, drop)) * tier.unit, count)
+
+
+def _dropped(tier: Tier, drop: int | float) -> jax.Array:
+    """Units that a full rung evicts at once, i32[B]."""
+    limit = tier.limit // tier.unit
+    if isinstance(drop, float):
+        return jnp.round(limit.astype(jnp.float32) * drop).astype(jnp.int32)
+    return -(-drop // tier.unit) * jnp.ones_like(limit)
 
 
 def expand(mask: jax.Array, x: jax.Array) -> jax.Array:

@@ -178,3 +178,13 @@ def test_bytes_count_the_history():
 def test_impossible_settings_are_refused(text, words):
     with pytest.raises(ValueError, match=words):
         kvc.parse(text).spec(max_len=100, head_dim=64)
+
+
+def test_packed_rungs_leave_out_a_prompts_tokens_one_by_one():
+    q, k, v = qkv(8, 2, 256, heads=(4, 2))
+    kept = []
+    for store in ("int8", "int4"):  # 4 bits share words along 8 tokens, 8 bits do not
+        cache = make(f"scissorhands:budget=128+{store}", batch=2, num_kv_heads=2, max_len=300, prompt_lens=[256, 256])
+        _, cache = prefill(cache, q, k, v, jnp.array([256, 256]))
+        kept.append([held(cache, row) for row in range(2)])
+    assert kept[0] == kept[1]
