@@ -189,8 +189,8 @@ def empty_lowest(tier: Tier, score: Callable[[], jax.Array], drop: int | float) 
 def left_by_drop(tier: Tier, count: jax.Array, drop: int | float) -> jax.Array:
     """How many of a prompt's best tokens, i32[B], are to enter a rung that takes `count` and evicts when it is full.
 
-    Tokens that share words are evicted together, a good one with its neighbours. Of a prompt they can be left out one by
-    one. A rung of single tokens takes all, and `empty_lowest` chooses.
+    Tokens that share words are evicted together, a good one with its neighbours. Of a prompt they can be left out one
+    by one. A rung of single tokens takes all, and `empty_lowest` chooses.
     """
     if not drop or tier.unit == 1:
         return count
