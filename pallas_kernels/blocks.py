@@ -10,10 +10,10 @@ from jax import lax
 def fold_blocks(num_blocks: jax.Array, cut: Callable, step: Callable, state: Any, *, ahead: bool) -> Any:
     """Fold `step(j, block, state)` over blocks j, cut out of their arrays.
 
-    XLA's CPU backend fuses a slice at a traced place into what decodes it. Bytes and words of 2 or 4 bits lose nothing
-    by that. For words of 3 bits and rows that rotate, it then finds each element's place anew: 4,096 tokens of 3 bits
-    take 18 ms, of 4 bits with keys that rotate 50. Ahead, a block is cut out while the one before is worked on, and
-    carried to its turn, as an array of its own: 0.5 and 2.5 ms (2 cores, JAX 0.10.2). The copy costs bytes 0.5 ms.
+    XLA's CPU backend decodes a slice at a traced place slowly if its words are of 3 bits or its rows rotate: 4,096
+    tokens of 3 bits take 18 ms, of 4 bits with keys that rotate 50. Ahead, a block is cut out while the one before is
+    worked on, and carried to its turn as an array of its own: 0.5 and 2.5 ms (2 cores, JAX 0.10.2). Bytes and words of
+    2 or 4 bits are decoded fast either way, and the copy costs bytes 0.5 ms. What XLA does differently was not found.
 
     Args:
       num_blocks: i32[].

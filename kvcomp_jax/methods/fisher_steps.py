@@ -31,7 +31,7 @@ def calibrate(layer: Activations, *, num_sinks: int = 4) -> dict[str, np.ndarray
     settings=(
         "k_step=0.44,v_step=0.36",
         "k_step=0.73,v_step=0.59,spare=0.4",
-        "k_step=1.6,v_step=1.3,spare=0.35,ratio=1.41",
+        "k_step=1.6,v_step=1.3,spare=0.31,ratio=1.41",
     ),
     calibrate=calibrate,
 )
