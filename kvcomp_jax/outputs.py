@@ -29,7 +29,7 @@ def output_norm(v: jax.Array, weight: jax.Array) -> jax.Array:
     Raises:
       ValueError: If the weight's columns are no multiple of K * D.
 
-    Source: CriticalKV, Feng et al. 2025, arXiv:2502.03805, theorem 3.3.
+    Source: CriticalKV, Feng et al. 2025, arXiv:2502.03805, section 3.
     """
     batch, num_tokens, heads, dim = v.shape
     if weight.ndim != 2 or weight.shape[1] % (heads * dim):
