@@ -182,7 +182,8 @@ def _spare_bits(cache: LayerCache, tier: Tier) -> int:
     for codec, enc in ((tier.k_codec, tier.k), (tier.v_codec, tier.v)):
         spare = codec.spare_bits(enc)
         if spare is not None:
-            taken = live.reshape(*live.shape[:2], spare.shape[-1], -1).any(-1)
+            here = live.any(1, keepdims=True) if codec.joins_heads else live
+            taken = here.reshape(*here.shape[:2], spare.shape[-1], -1).any(-1)
             total += int(np.where(taken, np.asarray(spare, np.int64), 0).sum())
     return total
 

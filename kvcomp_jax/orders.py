@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kvcomp_jax.codecs import Codec, IntegerCodec, Packs
+from kvcomp_jax.codecs import AcrossHeads, Codec, IntegerCodec, Packs
 
 
 class Order(abc.ABC):
@@ -30,7 +30,7 @@ class Alike(Order):
     "greedy" starts a pack with the token most similar (cosine) to the mean of those that remain, and adds the one that
     widens it least; "median" sorts by the median of a token's value codes, descending. Where the packs do not become
     narrower in sum, the order of time stays. Greedy takes about S / pack times as many operations as packing.
-    Source: PackKV, arXiv:2512.24449; there one order for all heads, here one a head, which is never the worse.
+    Source: PackKV, arXiv:2512.24449; one order for all heads, as there, where the codecs join them, else one a head.
     """
 
     kind: Literal["greedy", "median"] = "greedy"
@@ -41,13 +41,19 @@ class Alike(Order):
 
     def check(self, k_codec: Codec, v_codec: Codec) -> None:
         """Packs of the same tokens on both sides."""
-        if not isinstance(k_codec, Packs) or not isinstance(v_codec, Packs):
-            raise ValueError(f"{self} needs keys and values in Packs, got {k_codec} and {v_codec}.")
-        if (k_codec.block, k_codec.pack) != (v_codec.block, v_codec.pack):
+        k, v = _packs(k_codec), _packs(v_codec)
+        if not isinstance(k, Packs) or not isinstance(v, Packs) or k_codec.joins_heads != v_codec.joins_heads:
+            raise ValueError(
+                f"{self} needs keys and values in Packs, both of single heads or AcrossHeads; got {k_codec} and {v_codec}."
+            )
+        if (k.block, k.pack) != (v.block, v.pack):
             raise ValueError(f"{self} needs the same block and pack of keys and values, got {k_codec} and {v_codec}.")
 
     def arrange(self, k_codec: Codec, v_codec: Codec, k: jax.Array, v: jax.Array) -> jax.Array:
         """See `Order`."""
+        if isinstance(k_codec, AcrossHeads) and isinstance(v_codec, AcrossHeads):
+            joined = k_codec.join(k), v_codec.join(v)
+            return jnp.broadcast_to(self.arrange(k_codec.inner, v_codec.inner, *joined), k.shape[:-1])
         packs = cast(Packs, k_codec)
         codes = [
             cast(IntegerCodec, cast(Packs, codec).inner).quantise(x, 1.0)[0]
@@ -68,6 +74,11 @@ class Alike(Order):
         return (order.reshape(*b, num_tokens // size, size) + first.reshape(*(1,) * len(b), -1, 1)).reshape(
             *b, num_tokens
         )
+
+
+def _packs(codec: Codec) -> Codec:
+    """What stores the rows, of one head or of all."""
+    return codec.inner if isinstance(codec, AcrossHeads) else codec
 
 
 def permute(rows: jax.Array, order: jax.Array) -> jax.Array:

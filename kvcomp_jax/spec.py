@@ -224,7 +224,7 @@ class LayerSpec:
                 if codec.joins_heads and not self.policy.fifo and (codec.uses_pos or not self.divided):
                     raise ValueError(
                         f"{type(self.policy).__name__} keeps different tokens in each head, and {codec.name} "
-                        "stores the heads of a token together; encode each head alone."
+                        "stores the heads of a token together; encode each head alone, as with across_heads=false."
                     )
             if not self.divided and self.block_size % rung.unit:
                 raise ValueError(

@@ -30,7 +30,7 @@ class AcrossHeads(Wrapper):
 
     def encode(self, x: jax.Array, pos: jax.Array) -> Encoded:
         """Encode x [*b, K, S, D] as arrays [*b, 1, rows, ...]."""
-        return self.inner.encode(self._join(x), pos[..., :1, :])
+        return self.inner.encode(self.join(x), pos[..., :1, :])
 
     def decode(self, enc: Encoded, pos: jax.Array) -> jax.Array:
         """Return the rows [*b, K, S, D]."""
@@ -66,9 +66,10 @@ class AcrossHeads(Wrapper):
 
     def fit(self, x: jax.Array, live: jax.Array) -> Self:
         """Fit the inner codec to joined rows."""
-        return dataclasses.replace(self, inner=self.inner.fit(self._join(x), live))
+        return dataclasses.replace(self, inner=self.inner.fit(self.join(x), live))
 
-    def _join(self, x: jax.Array) -> jax.Array:
+    def join(self, x: jax.Array) -> jax.Array:
+        """Return the rows [*b, 1, S, K D] of x [*b, K, S, D]."""
         *b, num_heads, num_tokens, head_dim = x.shape
         if num_heads != self.num_heads:
             raise ValueError(f"AcrossHeads(num_heads={self.num_heads}) got rows of {num_heads} heads.")

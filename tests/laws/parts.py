@@ -106,6 +106,8 @@ CODECS = [
     Packs(inner=Affine(bits=4, axis="channel", group_size=64), budget=3.0),
     AcrossHeads(inner=TensorTrain(large=Affine(bits=4, axis="token", symmetric=True), block_size=32), num_heads=2),
     AcrossHeads(inner=ChannelScaled(inner=Affine(bits=4, axis="token")), num_heads=2),
+    AcrossHeads(inner=Packs(inner=Bounded(rel_scale=0.1, axis="token"), budget=2.5), num_heads=2),
+    AcrossHeads(inner=Entropy(inner=Bounded(rel_scale=0.1, axis="token"), along="channel"), num_heads=2),
 ]
 
 CALIBRATIONS = Path(__file__).parents[1] / "golden" / "methods"
@@ -129,6 +131,8 @@ METHODS = [
     "hack:group_size=32,rotate=true",
     "kvcomp:block_size=32,k_recent=32,v_recent=128",
     "packkv:block_size=32,recent=48,pack=8",
+    "packkv:block_size=32,recent=32,across_heads=true",
+    "kvcomp:block_size=32,k_recent=32,v_recent=128,across_heads=true",
     "streaming_llm:budget=40",
     "streaming_llm:budget=0.5",
     "h2o:budget=40",

@@ -51,12 +51,13 @@ def test_codes_are_lossless(kind):
         assert bool((codec.spare_bits(enc) == codec.slot_bits(HEAD_DIM)).all())
 
 
+@pytest.mark.parametrize("across_heads", [False, True])
 @pytest.mark.parametrize("kind", ["greedy", "median"])
-def test_attention_does_not_depend_on_the_order(kind):
+def test_attention_does_not_depend_on_the_order(kind, across_heads):
     q, k, v = qkv(0, 2, 240)
     outs = []
     for repack in ("none", kind):
-        text = f"packkv:recent=64,k_budget=none,v_budget=none,repack={repack}"
+        text = f"packkv:recent=64,k_budget=none,v_budget=none,repack={repack},across_heads={across_heads}"
         cache = make(text, batch=2, num_kv_heads=2, max_len=256)
         _, cache = prefill(cache, q[:, :200], k[:, :200], v[:, :200], jnp.array([200, 140]))
         out, cache = decode_many(cache, q[:, 200:], k[:, 200:], v[:, 200:])
@@ -67,12 +68,16 @@ def test_attention_does_not_depend_on_the_order(kind):
     rows = []
     for cache in (before, after):
         tier, live = cache.tiers[0], int(cache.tiers[0].entered[0])
-        both = [decode(c, x) for c, x in ((tier.k_codec, tier.k), (tier.v_codec, tier.v))]
+        pos = jnp.zeros((2, 2, tier.capacity), jnp.int32)
+        both = [jax.jit(c.decode)(x, pos) for c, x in ((tier.k_codec, tier.k), (tier.v_codec, tier.v))]
         rows.append(np.asarray(jnp.concatenate(both, -1))[0, :, :live])
     assert not np.array_equal(*rows)
+    orders = []
     for head in range(2):
-        a, b = (x[head][np.lexsort(x[head].T)] for x in rows)
-        np.testing.assert_array_equal(a, b)
+        a, b = (np.lexsort(x[head].T) for x in rows)
+        np.testing.assert_array_equal(rows[0][head][a], rows[1][head][b])
+        orders.append(a[np.argsort(b)])
+    assert np.array_equal(*orders) == across_heads
 
 
 @pytest.mark.parametrize("policy", [kvc.Recency(), kvc.HeavyHitter()])
@@ -151,6 +156,35 @@ def test_bits_of_normal_rows_are_those_of_the_formula(rel_scale, bits):
     assert formula + (64 + 64) / 8192 == pytest.approx(bits, abs=0.03)
 
 
+def test_joined_heads_share_steps_and_every_bit_is_counted():
+    """A quiet head takes fewer bits in the steps of a loud one."""
+    text = "packkv:recent=64,k_budget=none,v_budget=none,across_heads="
+    q, k, v = qkv(1, 2, 256)
+    loud = jnp.array([1.0, 0.1])[None, None, :, None]
+    held = {}
+    for across_heads in (False, True):
+        cache = make(f"{text}{across_heads}", batch=2, num_kv_heads=2, max_len=256)
+        _, cache = prefill(cache, q, k * loud, v * loud, jnp.array([256, 130]))
+        tier = cache.tiers[0]
+        bits = 0
+        for codec, enc in ((tier.k_codec, tier.k), (tier.v_codec, tier.v)):
+            per_token = sum(leaf.nbytes for leaf in jax.tree.leaves(enc)) * 8 / (2 * tier.capacity)
+            spare = np.asarray(codec.spare_bits(enc)).reshape(2, -1, tier.capacity // 64)
+            for row, units in enumerate((4, 2)):
+                bits += per_token * units * 64 - spare[row, :, :units].sum()
+            assert spare.shape[1] == (1 if across_heads else 2)
+        counters = sum(x.nbytes for x in (cache.length, cache.settled, cache.window_limit, tier.entered, tier.limit))
+        exact = int((cache.length - cache.settled).sum()) * 2 * 2 * HEAD_DIM * 4
+        held[across_heads] = kvc.nbytes(cache).used
+        assert held[across_heads] == pytest.approx(bits / 8 + counters + exact, abs=2)
+        step = np.asarray(tier.k.metadata.scale, np.float32)
+        spread = np.asarray(k * loud)[0, :64].max((-1, -2) if across_heads else -1)
+        spread = spread - np.asarray(k * loud)[0, :64].min((-1, -2) if across_heads else -1)
+        found = np.sort(step[0, :, :64, 0].T.reshape(64, -1), 0)
+        np.testing.assert_allclose(found, np.sort(0.1 * spread.reshape(64, -1), 0), rtol=2e-3)
+    assert held[True] < 0.85 * held[False]
+
+
 def test_buffers_after_a_prompt_and_while_decoding():
     lengths = np.array([1, 100, 191, 192, 193, 255, 256, 300])
     for cache, total in zip(grown("packkv:repack=none", lengths), (lengths, lengths + 64), strict=True):
@@ -190,6 +224,14 @@ def test_units_that_do_not_fit_are_coarser_and_never_lost():
         (lambda: Alike("random"), "kind='random' must be"),
         (lambda: kvc.Rung(kvc.Identity(), kvc.Identity(), 64, order=Alike()), "needs keys and values in Packs"),
         (lambda: kvc.Rung(packs(0.1), packs(0.1, pack=8), 64, order=Alike()), "the same block and pack"),
+        (
+            lambda: kvc.Rung(packs(0.1), kvc.AcrossHeads(inner=packs(0.1), num_heads=2), 64, order=Alike()),
+            "both of single heads or AcrossHeads",
+        ),
+        (
+            lambda: kvc.parse("h2o:budget=400+packkv:across_heads=true").spec(max_len=512, head_dim=64, num_kv_heads=2),
+            "encode each head alone, as with across_heads=false",
+        ),
         (lambda: kvc.parse("packkv:recent=32").spec(max_len=512, head_dim=64), "recent=32 must be at least"),
         (lambda: packs(0.1, block=16).check(9, 16), "head_dim=9 makes 9 packs"),
     ],
