@@ -44,7 +44,8 @@ class Alike(Order):
         k, v = _packs(k_codec), _packs(v_codec)
         if not isinstance(k, Packs) or not isinstance(v, Packs) or k_codec.joins_heads != v_codec.joins_heads:
             raise ValueError(
-                f"{self} needs keys and values in Packs, both of single heads or AcrossHeads; got {k_codec} and {v_codec}."
+                f"{self} needs keys and values in Packs, both of single heads or AcrossHeads, "
+                f"got {k_codec} and {v_codec}."
             )
         if (k.block, k.pack) != (v.block, v.pack):
             raise ValueError(f"{self} needs the same block and pack of keys and values, got {k_codec} and {v_codec}.")

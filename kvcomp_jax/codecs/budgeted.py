@@ -10,6 +10,7 @@ from jax import lax
 from kvcomp_jax.codecs.base import Codec, Encoded
 from kvcomp_jax.codecs.integer import IntegerCodec
 from kvcomp_jax.types import pytree, static
+from pallas_kernels.finite import check_finite
 
 
 @pytree
@@ -66,6 +67,7 @@ class Budgeted(Codec):
           Codes, metadata, and which stretch each unit took, u8[*b, units]; one beyond the last is the last one's codes,
           to be packed plainly.
         """
+        check_finite(x, type(self).__name__)
         stretches = jnp.array(self.stretches, jnp.float32)
         count = len(self.stretches)
         codes, metadata = self.inner.quantise(x, stretches[-1])

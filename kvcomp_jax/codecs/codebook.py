@@ -5,7 +5,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 
 from kvcomp_jax.codecs.base import Codec
 from kvcomp_jax.codecs.contract import dot_scaled, mix_scaled
@@ -13,6 +12,7 @@ from kvcomp_jax.codecs.levels import nearest
 from kvcomp_jax.codecs.minifloat import inverse, saturated
 from kvcomp_jax.types import Constant, pytree, static
 from pallas_kernels.codebook_decode.rows import CodebookRows, look_up
+from pallas_kernels.finite import check_finite
 from pallas_kernels.packing import pack, pack_unit, unpack
 
 BITS = (1, 2, 3, 4)
@@ -68,7 +68,7 @@ class Codebook(Codec):
     def encode(self, x: jax.Array, pos: jax.Array) -> Coded:
         """Quantise x [*b, S, D]; S a multiple of `unit`. Values must be finite, an error under `checkify`."""
         del pos
-        checkify.debug_check(jnp.isfinite(x).all(), "Codebook got values that are not finite; they have no codes.")
+        check_finite(x, "Codebook")
         x = x.astype(jnp.float32)
         scale, zero_point = self._fit(x)
         if zero_point is not None:

@@ -4,7 +4,6 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 
 from kvcomp_jax.codecs.base import Codec
 from kvcomp_jax.codecs.contract import dot_scaled, mix_scaled
@@ -21,6 +20,7 @@ from kvcomp_jax.codecs.minifloat import (
     to_float8,
 )
 from kvcomp_jax.types import pytree, static
+from pallas_kernels.finite import check_finite
 from pallas_kernels.packing import pack, pack_unit, unpack
 
 BLOCK_SCALES = ("e4m3", "e8m0")
@@ -69,7 +69,7 @@ class Float4(Codec):
     def encode(self, x: jax.Array, pos: jax.Array) -> Blocks:
         """Round x [*b, S, D]; S a multiple of `unit`. Values must be finite, an error under `checkify`."""
         del pos
-        checkify.debug_check(jnp.isfinite(x).all(), "Float4 got values that are not finite; they have no codes.")
+        check_finite(x, "Float4")
         groups = self._split(x.astype(jnp.float32))  # [*b, S, N, g]
         largest = jnp.abs(groups).max(-1)  # [*b, S, N]
         if isinstance(self.scale, float):

@@ -4,12 +4,12 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 
 from kvcomp_jax.codecs.base import Codec
 from kvcomp_jax.codecs.contract import dot_scaled, mix_scaled
 from kvcomp_jax.codecs.minifloat import FLOAT8, Float8Format, float8_max, from_minifloat, inverse, saturated, to_float8
 from kvcomp_jax.types import pytree, static
+from pallas_kernels.finite import check_finite
 
 
 class Floats(NamedTuple):
@@ -45,7 +45,7 @@ class Float8(Codec):
     def encode(self, x: jax.Array, pos: jax.Array) -> Floats:
         """Round x [*b, S, D]. Values must be finite, an error under `checkify`."""
         del pos
-        checkify.debug_check(jnp.isfinite(x).all(), "Float8 got values that are not finite; they have no codes.")
+        check_finite(x, "Float8")
         x = x.astype(jnp.float32)
         if isinstance(self.scale, float):
             return Floats(to_float8(x * (1 / self.scale), self.format), None)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kvcomp_jax.codecs.integer import IntegerCodec
 from kvcomp_jax.types import pytree, static
 from pallas_kernels.entropy_decode.rows import dequantize
+from pallas_kernels.finite import check_finite
 from pallas_kernels.packing import BITS, pack, pack_unit, unpack
 
 
@@ -84,8 +85,9 @@ class Stepped(IntegerCodec):
         return scale, -metadata.zero.astype(jnp.float32) * scale
 
     def encode(self, x: jax.Array, pos: jax.Array) -> SteppedRows:
-        """Quantise x [*b, S, D] and pack the codes in 2, 3, 4 or 8 bits, whichever they fit in."""
+        """Quantise finite x [*b, S, D] and pack the codes in 2, 3, 4 or 8 bits, whichever they fit in."""
         del pos
+        check_finite(x, "Stepped")
         codes, regions = self.quantise(x)
         return SteppedRows(pack(codes, self._width), regions)
 

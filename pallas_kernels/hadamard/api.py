@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.finite import check_finite
 from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.hadamard.matrix import LARGEST_DENSE, check_hadamard, factors, largest_order
 from pallas_kernels.quantize_pack.api import check_groups
@@ -64,4 +65,5 @@ def rotate_quantize_pack(
     """
     check_hadamard(x.shape[-1])
     check_groups(x, fmt)
+    check_finite(x, "rotate_quantize_pack")
     return dispatch.call("hadamard", implementation, x, fmt, function="rotate_quantize_pack", interpret=interpret)

@@ -1,10 +1,9 @@
 """Public functions of quantisation: checks and dispatch."""
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import checkify
 
 from pallas_kernels import dispatch
+from pallas_kernels.finite import check_finite
 from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.packing import pack_unit
 from pallas_kernels.quantize_pack import reference
@@ -35,7 +34,7 @@ def quantize_pack(
       ValueError: If `fmt` does not divide x, or dither has another shape.
     """
     check_groups(x, fmt)
-    checkify.debug_check(jnp.isfinite(x).all(), "quantize_pack got values that are not finite; they have no codes.")
+    check_finite(x, "quantize_pack")
     if dither is None:
         return dispatch.call("quantize_pack", implementation, x, fmt, interpret=interpret)
     if dither.shape != x.shape:

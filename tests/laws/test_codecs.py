@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import checkify
 
 from kvcomp_jax.codecs import Affine, Identity, Rotated
 from kvcomp_jax.codecs.budgeted import Budgeted
@@ -93,6 +94,22 @@ def test_nbits_is_what_is_stored(codec):
     assert stored - 8 * code_bytes(enc) == metadata
     if not codec.joins_heads:
         assert (total, metadata) == (2 * codec.nbits(192, HEAD_DIM), 2 * codec.metadata_bits(192, HEAD_DIM))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_values_that_are_not_finite_are_an_error_under_checkify_or_stay(codec):
+    """Never numbers of their own: codes cannot say them, and outliers and exact rows hold them as they are."""
+    x, pos = draw(4, 192)
+    codec = ready(codec, x)
+    checked = jax.jit(checkify.checkify(lambda x: codec.decode(codec.encode(x, pos), pos)))
+    checkify.check_error(checked(x)[0])
+    for bad in (jnp.nan, jnp.inf):
+        error, rows = checked(x.at[0, 1, 70, 5].set(bad))
+        if error.get() is None:
+            assert not np.isfinite(rows[0, 1, 70, 5])
+        else:
+            assert "not finite; they have no codes" in error.get()
 
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if isinstance(c, Budgeted)], ids=repr)
