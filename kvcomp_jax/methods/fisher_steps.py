@@ -43,6 +43,7 @@ def fisher_steps(
     spare: float | None = 0.6,
     ratio: float = 2.0,
     num_sinks: int = 4,
+    window: int = 0,
     block_size: int = 20,
     calibration: str = "auto",
 ) -> tuple[LayerSpec, ...]:
@@ -79,7 +80,7 @@ def fisher_steps(
         v = codec("v", layer, v_units[layer], v_step)
         rope = layout.rope(layer, context.max_len)
         rung = Rung(k if rope is None else PreRope(inner=k, rope=rope), v, blocks(context.max_len, block_size))
-        return LayerSpec(rungs=(rung,), policy=Recency(num_sinks=num_sinks), block_size=block_size)
+        return LayerSpec(rungs=(rung,), policy=Recency(num_sinks=num_sinks), window=window, block_size=block_size)
 
     return tuple(spec(layer) for layer in range(layout.num_layers))
 

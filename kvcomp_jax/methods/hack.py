@@ -27,6 +27,7 @@ def hack(
     rotate: bool = False,
     prefill: str = "stored",
     num_sinks: int = 0,
+    window: int = 0,
     seed: int = 0,
     metadata_dtype: str = "float16",
 ) -> LayerSpec:
@@ -52,6 +53,7 @@ def hack(
     return LayerSpec(
         rungs=(Rung(k, v, blocks(context.max_len, group_size)),),
         policy=Recency(num_sinks=num_sinks),
+        window=window,
         block_size=group_size,
         prefill=cast(Literal["exact", "stored"], prefill),
     )

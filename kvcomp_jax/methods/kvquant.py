@@ -6,8 +6,8 @@ from kvcomp_jax.calibrate import Activations, find, restore_moments, weighted_km
 from kvcomp_jax.codecs import AcrossHeads, Codebook, Codec, Outliers, PerChannel, PreRope
 from kvcomp_jax.codecs.codebook import BITS
 from kvcomp_jax.methods.registry import Context, method
-from kvcomp_jax.policies import Recency
-from kvcomp_jax.spec import LayerSpec, Rung, blocks
+from kvcomp_jax.methods.rungs import one_rung
+from kvcomp_jax.spec import LayerSpec
 from kvcomp_jax.types import Constant
 
 
@@ -87,6 +87,7 @@ def kvquant(
     bits: int = 3,
     outliers: float = 0.01,
     num_sinks: int = 1,
+    window: int = 0,
     across_heads: bool = True,
     q_norm: bool | None = None,
     calibration: str = "auto",
@@ -130,7 +131,7 @@ def kvquant(
         k: Codec = PerChannel(inner=codec(layer, "k", "none"), scale=scale, zero_point=zero_point)
         rope = layout.rope(layer, context.max_len)
         k = k if rope is None else PreRope(inner=k, rope=rope)
-        rung = Rung(k, codec(layer, "v", "range"), blocks(context.max_len, block_size))
-        return LayerSpec(rungs=(rung,), policy=Recency(num_sinks=num_sinks), block_size=block_size)
+        v = codec(layer, "v", "range")
+        return one_rung(context, k, v, num_sinks=num_sinks, window=window, block_size=block_size)
 
     return tuple(spec(layer) for layer in range(layout.num_layers))

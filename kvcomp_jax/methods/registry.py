@@ -239,6 +239,11 @@ def _nearest(word: str, known: Any) -> str:
 def _compose(whole: Method, specs: list[LayerSpec], max_len: int) -> LayerSpec:
     """Keep the tokens that one spec selects in the codecs of the other's last rung, within the same budget."""
     select, store = specs if METHODS[whole.parts[0][0]].axis == "select" else reversed(specs)
+    if store.divided:
+        raise ValueError(
+            "the quantising method ranks tokens itself, to store them in several widths, and cannot have another rank "
+            "them; compose one that stores all alike, e.g. int4 or kivi."
+        )
     if select.evicts_nothing(max_len):
         return _look_up(select, store, max_len)
     final, block = store.rungs[-1], _block(store)

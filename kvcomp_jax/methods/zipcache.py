@@ -34,6 +34,7 @@ def zipcache(
     across_heads: bool = False,
     block_size: int | None = None,
     num_sinks: int = 0,
+    window: int = 0,
     metadata_dtype: str = "float16",
 ) -> LayerSpec:
     """Store salient tokens at `bits` and the `low_share` of tokens that matter least at `low_bits`.
@@ -60,9 +61,9 @@ def zipcache(
         rungs.append(Rung(k, v, kind.tokens * num_blocks, share=kind.tokens / left))
         left -= kind.tokens
     if len(rungs) == 1:
-        return LayerSpec(rungs=tuple(rungs), policy=Recency(num_sinks=num_sinks), block_size=size)
+        return LayerSpec(rungs=tuple(rungs), policy=Recency(num_sinks=num_sinks), window=window, block_size=size)
     policy = Saliency(recent=recent, random=random, divide_by=divide_by, num_sinks=num_sinks)
-    return LayerSpec(rungs=tuple(rungs), policy=policy, block_size=size)
+    return LayerSpec(rungs=tuple(rungs), policy=policy, window=window, block_size=size)
 
 
 def _classes(bits: int, low_bits: int, low_share: float, block_size: int | None) -> tuple[int, list[_Class]]:

@@ -79,6 +79,24 @@ def test_forecasts_equal_the_real_caches(text, dtype):
     assert kvc.forecast(plan, lengths, jnp.dtype(dtype)) == kvc.nbytes(filled)
 
 
+UNCALIBRATED = {name: info for name, info in kvc.METHODS.items() if not info.calibration}
+
+
+@pytest.mark.parametrize("select", sorted(name for name, info in UNCALIBRATED.items() if info.axis == "select"))
+def test_every_selecting_method_composes_with_every_quantising_one(select):
+    """With tokens enough for their blocks; only what ranks tokens itself is refused."""
+    layout, sizes = kvc.Layout(num_layers=2, num_kv_heads=2, head_dim=64, num_heads=4), {"max_len": 4096}
+    selecting = f"{select}:budget=1024" if "budget" in kvc.METHODS[select].options else select
+    for store in sorted(name for name, info in UNCALIBRATED.items() if info.axis == "quantise"):
+        method = kvc.parse(f"{selecting}+{store}")
+        if store == "zipcache":
+            with pytest.raises(ValueError, match=r"ranks tokens itself.* compose one that stores all alike"):
+                method.plan(layout, **sizes, prompt_len=4000)
+            continue
+        (final,) = {spec.rungs[-1].k for spec in kvc.parse(store).plan(layout, **sizes).specs}
+        assert final in {spec.rungs[-1].k for spec in method.plan(layout, **sizes, prompt_len=4000).specs}
+
+
 def test_every_method_is_documented():
     for info in kvc.METHODS.values():
         assert info.summary
