@@ -9,7 +9,10 @@ from kvcomp_jax.codecs.base import Codec, Encoded
 
 
 class IntegerCodec(Codec):
-    """A codec that rounds to codes 0 .. num_levels - 1 with x ~ codes * scale + zero_point."""
+    """A codec that rounds to codes 0 .. num_levels - 1 with x ~ codes * scale + zero_point.
+
+    Codes of uneven levels (`Codebook`) are none: what does not fit a slot takes a wider step, which levels do not have.
+    """
 
     @property
     @abc.abstractmethod

@@ -32,7 +32,9 @@ class Packs(Budgeted):
 
     def __post_init__(self) -> None:
         if self.pack not in (8, 16, 32) or self.block % self.pack:
-            raise ValueError(f"pack={self.pack} must be 8, 16 or 32 tokens and divide block={self.block}.")
+            raise ValueError(
+                f"pack={self.pack} must be 8, 16 or 32 tokens, planes of whole bytes, and divide block={self.block}."
+            )
         super().__post_init__()
 
     def format(self, head_dim: int) -> PlaneFormat:

@@ -35,12 +35,12 @@ def hack(
 
     Keys are quantised per token over `group_size` channels (the whole head where it is smaller), values per channel
     over `group_size` tokens, with the sums of codes beside them. The last length mod `group_size` tokens stay exact
-    until their block is whole: the paper's values wait so, too, and its keys do not; codes are the same. Prompts are
-    read in the same arithmetic (`prefill="exact"` reads them exactly): where the paper quantises a prompt's values
-    first and masks later tokens, here a query sees a block as codes once it is whole, as in a stream. Noise for
-    stochastic rounding comes from a token's position. `rotate=True` turns queries and keys by a Hadamard matrix,
-    which is not of the paper: per-token ranges of keys suffer from loud channels. Defaults are the paper's: 2 bits,
-    partitions of 64, stochastic rounding, sums kept.
+    until their block is whole: the paper's values wait so, too (its requantisation elimination, always on here), and
+    its keys do not; codes are the same. Prompts are read in the same arithmetic (`prefill="exact"` reads them exactly):
+    where the paper quantises a prompt's values first and masks later tokens, here a query sees a block as codes once it
+    is whole, as in a stream. Noise for stochastic rounding comes from a token's position. `rotate=True` turns queries
+    and keys by a Hadamard matrix, which is not of the paper: per-token ranges of keys suffer from loud channels.
+    Defaults are the paper's: 2 bits, partitions of 64, stochastic rounding, sums kept.
     """
     quantiser = functools.partial(
         Affine, metadata_dtype=metadata_dtype, rounding=cast(Literal["nearest", "stochastic"], rounding)

@@ -10,6 +10,7 @@ import pytest
 
 import kvcomp_jax as kvc
 from kvcomp_jax.codecs import Bounded, Entropy
+from kvcomp_jax.tiers import attend_by_blocks, attend_tier
 from kvcomp_jax.types import Constant
 from pallas_kernels.entropy_decode import streams
 from pallas_kernels.entropy_decode.rows import codes_of
@@ -120,6 +121,29 @@ def test_fused_products_equal_decode_then_multiply(axis, num_queries):
         q, p = normal(1, 2, num_queries, HEAD_DIM), normal(2, 2, num_queries, 128)
         chex.assert_trees_all_close(dot(codec, q, enc), q @ x.mT, atol=1e-4)
         chex.assert_trees_all_close(mix(codec, p, enc), p @ x, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "packkv:block_size=32,pack=8,recent=32",
+        pytest.param(
+            "kvcomp:block_size=32,k_recent=32,v_recent=32,k_budget=none,v_budget=none", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_decode_step_reads_codes_through_the_fused_operation(text):
+    q, k, v = qkv(20, 2, 136, heads=(6, 2))
+    cache = make(text, batch=2, num_kv_heads=2, max_len=160)
+    _, cache = prefill(cache, q[:, :100], k[:, :100], v[:, :100], jnp.array([100, 70]))
+    (rung,) = kvc.kernels_in_use(cache, num_heads=6)
+    assert rung.operation == "entropy_decode"
+    _, cache = decode_many(cache, q[:, 100:135], k[:, 100:135], v[:, 100:135])
+    assert len(set(np.asarray(cache.tiers[0].entered).tolist())) == 2  # rows of different lengths
+    queries = kvc.read.make_queries(cache, q[:, 135:], None, None, None)
+    fused, plain = (f(queries, cache.tiers[0], 0) for f in (attend_tier, attend_by_blocks))
+    chex.assert_trees_all_close(kvc.finalize(fused), kvc.finalize(plain), atol=1e-5)
+    chex.assert_trees_all_close(kvc.lse(fused), kvc.lse(plain), atol=1e-5)
 
 
 def grown(text, lengths, steps=64):
@@ -294,6 +318,10 @@ def test_rows_have_tables_of_their_own_prompts():
             "symmetric codes are centred",
         ),
         (lambda: Entropy(inner=kvc.Identity()), "needs an inner codec with integer codes"),
+        (
+            lambda: Entropy(inner=kvc.Codebook(levels=Constant(np.arange(4.0)))),
+            "needs an inner codec with integer codes",
+        ),
         (lambda: kvc.parse("kvcomp:k_recent=32").spec(max_len=512, head_dim=64), "k_recent=32 >= block_size=64"),
     ],
 )
