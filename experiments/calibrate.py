@@ -1,12 +1,12 @@
 """Calibrate a method for a model on a text: what its quantisers need to know, saved with where it comes from.
 
 Reads the end of the text, `samples` * `seq_len` tokens. A comparison on the same text in w windows starts the last one
-1/w of the text before its end, so that the two do not overlap as long as the text is long. Needs a gradient, and holds
-four float32 numbers for each cached one, and its queries: 2.6 GB for 16 * 2048 tokens of SmolLM2-135M.
+1/w of the text before its end, so that the two do not overlap as long as the text is long; where they do, its table
+says so. Needs a gradient, and holds four float32 numbers for each cached one, and its queries: 2.6 GB for 16 * 2048
+tokens of SmolLM2-135M.
 """
 
 import dataclasses
-import hashlib
 import inspect
 import sys
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import kvcomp_jax as kvc
 import models
 from experiments.cli import environment, run
-from experiments.texts import load_text
+from experiments.texts import load_text, sha256
 from kvcomp_jax.calibrate import About, Activations, file_name, save
 from models.activations import activations
 
@@ -113,9 +113,14 @@ def _method(text: str) -> tuple[str, Any, dict[str, Any]]:
     if len(parts) > 1 or info.calibrate is None:
         those = ", ".join(n for n, m in kvc.METHODS.items() if m.calibration)
         raise ValueError(f"{text}: needs no calibration; methods that do: {those}.")
-    values = {key: option.default for key, option in info.options.items()} | dict(given)
-    wanted = inspect.signature(info.calibrate).parameters
-    return name, info, {key: value for key, value in values.items() if key in wanted}
+    return name, info, made_with(info, dict(given))
+
+
+def made_with(info: kvc.MethodInfo, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of a method's options, default or given, that its calibration depends on."""
+    values = {key: option.default for key, option in info.options.items()} | given
+    wanted = inspect.signature(info.calibrate).parameters if info.calibrate else ()
+    return {key: value for key, value in values.items() if key in wanted}
 
 
 def _beside(model: str, name: str, options: dict[str, Any]) -> Path:
@@ -129,7 +134,7 @@ def _provenance(config: Config, text: str, num_tokens: int, samples: np.ndarray)
         **environment(),
         "model": config.model,
         "text": str(config.text),
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "text_sha256": sha256(text),
         "text_tokens": num_tokens,
         "tokens_read": [num_tokens - samples.size, num_tokens],
         "samples": config.samples,

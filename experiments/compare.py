@@ -17,12 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import kvcomp_jax as kvc
 import models
 from experiments import report
+from experiments.calibrate import made_with
 from experiments.cli import GROUPS, provenance, run, split_methods
 from experiments.measure import Bench, saves
 from experiments.protocol import Score, cut_windows
 from experiments.results import Results
-from experiments.texts import load_text
-from kvcomp_jax.calibrate import NotCalibrated
+from experiments.texts import load_text, sha256
+from kvcomp_jax.calibrate import NotCalibrated, load, locate
 from models.programs import forgetting
 
 DEFAULT_METHODS = "full;int8;int4;kivi:bits=4;kivi:bits=2;streaming_llm:budget=512;h2o:budget=512"
@@ -74,12 +75,15 @@ def main(config: Config) -> None:
         raise ValueError(f"{config.model} has no tokenizer; a comparison on text needs one.")
     with console.status("reading the text"):
         tokens = lm.tokenizer.encode(text)
-    windows = cut_windows(tokens, context=config.context, score=config.score, windows=config.windows)
+    every = list(range(len(tokens)))
+    places = cut_windows(every, context=config.context, score=config.score, windows=config.windows)
+    windows = np.asarray(tokens, np.int32)[places]
     results = Results(config.out / "results.json", _meta(config, methods, len(tokens), windows))
     todo = [method for method in methods if results.row(method) is None]
     if todo:
         bench = Bench(lm, config, windows)
-        _measure(console, bench, results, todo, config)
+        seen = {method for method in todo if calibrated_on(method, layout, text, places)}
+        _measure(console, bench, results, todo, seen)
     results.rows.sort(key=lambda row: methods.index(row["method"]) if row["method"] in methods else len(methods))
     results.write()
     report.write(config.out)
@@ -102,6 +106,19 @@ def calibrated(config: Config, layout: kvc.Layout, methods: list[str]) -> tuple[
         else:
             kept.append(method)
     return kept, missing
+
+
+def calibrated_on(method: str, layout: kvc.Layout, text: str, places: np.ndarray) -> bool:
+    """Whether a method was calibrated on this very text, and on any of its tokens at `places`."""
+    for name, options in kvc.parse(method).parts:
+        info, given = kvc.METHODS[name], dict(options)
+        if info.calibration:
+            file = locate(given.get("calibration", "auto"), name, made_with(info, given), layout)
+            made = load(file)[1].provenance
+            first, end = made.get("tokens_read", (0, 0))
+            if made.get("text_sha256") == sha256(text) and ((first <= places) & (places < end)).any():
+                return True
+    return False
 
 
 def check(config: Config, layout: kvc.Layout, methods: list[str]) -> None:
@@ -131,19 +148,20 @@ def _meta(config: Config, methods: list[str], num_tokens: int, windows: np.ndarr
     }
 
 
-def _measure(console: Console, bench: Bench, results: Results, todo: list[str], config: Config) -> None:
+def _measure(console: Console, bench: Bench, results: Results, todo: list[str], seen: set[str]) -> None:
+    """Add a row for each method of `todo`; those in `seen` were calibrated on what is scored."""
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("full cache (reference)", total=config.windows * (len(todo) + 1))
+        bar = progress.add_task("full cache (reference)", total=len(bench.windows) * (len(todo) + 1))
         bench.prepare_reference(lambda: progress.advance(bar))
         for method in todo:
             progress.update(bar, description=method)
             with forgetting():
                 scores, measured = bench.measure(method, lambda: progress.advance(bar))
-            results.add(_row(method, scores, measured, bench))
+            results.add(_row(method, scores, measured, bench, method in seen))
 
 
-def _row(method: str, scores: list[Score], measured: dict[str, Any], bench: Bench) -> dict[str, Any]:
+def _row(method: str, scores: list[Score], measured: dict[str, Any], bench: Bench, seen: bool) -> dict[str, Any]:
     held: kvc.Bytes = measured.pop("bytes")
     layout = bench.lm.config.layout
     values = 2 * bench.config.context * layout.num_layers * layout.num_kv_heads * layout.head_dim
@@ -160,12 +178,12 @@ def _row(method: str, scores: list[Score], measured: dict[str, Any], bench: Benc
         "times_smaller": bench.full_bytes.used / held.used,
         "kernel": measured.pop("kernel"),
         **measured,
-        "note": _note(method, held, measured, bench),
+        "note": _note(method, held, measured, bench, seen),
         "windows": [dataclasses.asdict(s) for s in scores],
     }
 
 
-def _note(method: str, held: kvc.Bytes, measured: dict[str, Any], bench: Bench) -> str:
+def _note(method: str, held: kvc.Bytes, measured: dict[str, Any], bench: Bench, seen: bool) -> str:
     """What the table says of a method beside its figures."""
     parts = []
     if held.host:
@@ -175,6 +193,8 @@ def _note(method: str, held: kvc.Bytes, measured: dict[str, Any], bench: Bench) 
     if "recall_hit_rate" in measured:
         hits, moved = measured["recall_hit_rate"], measured["recall_bytes_per_step"]
         parts.append(f"{hits:.0%} of pages wanted at hand, {moved / 1e3:.1f} kB recalled a step")
+    if seen:
+        parts.append("calibrated on scored tokens")
     return "; ".join(parts)
 
 

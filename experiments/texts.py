@@ -1,5 +1,6 @@
 """Texts to score on."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -25,6 +26,11 @@ def load_text(path: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"text {file}: is empty.")
     return text
+
+
+def sha256(text: str) -> str:
+    """By which a calibration names its text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _bible(file: Path, text: str) -> str:

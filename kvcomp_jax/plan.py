@@ -64,8 +64,10 @@ class Layout:
 class Planner(Protocol):
     """Whatever can make a plan for a prompt of another length; `Method` is one."""
 
-    def plan(self, layout: Layout, *, max_len: int, prompt_len: int | None = None) -> "CachePlan":
-        """Return the specs of all layers."""
+    def plan(
+        self, layout: Layout, *, max_len: int, prompt_len: int | None = None, longest: int | None = None
+    ) -> "CachePlan":
+        """Return the specs of all layers for prompts of up to `prompt_len` tokens in a batch of up to `longest`."""
         ...
 
 
@@ -73,14 +75,15 @@ class Planner(Protocol):
 class CachePlan:
     """The spec of every layer's cache.
 
-    `planner` and `max_len` say how the plan was made, so that rows whose prompts differ in length can have the budgets
-    that each would have alone.
+    `planner`, `max_len` and `longest`, of the prompts, say how the plan was made, so that rows whose prompts differ in
+    length can have the budgets that each would have alone.
     """
 
     specs: tuple[LayerSpec, ...]
     layout: Layout
     planner: Planner | None = None
     max_len: int = 0
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.specs) != self.layout.num_layers:
@@ -114,7 +117,8 @@ class CachePlan:
         """The plan of each row alone; this one where it does not depend on the prompt."""
         if self.planner is None:
             return [self] * len(prompt_lens)
-        made = {n: self.planner.plan(self.layout, max_len=self.max_len, prompt_len=n) for n in set(prompt_lens)}
+        sizes = {"max_len": self.max_len, "longest": self.longest}
+        made = {n: self.planner.plan(self.layout, prompt_len=n, **sizes) for n in set(prompt_lens)}
         return [made[n] for n in prompt_lens]
 
 

@@ -2,7 +2,7 @@
 
 from kvcomp_jax.calibrate.layer import Activations, Calibrate
 from kvcomp_jax.calibrate.levels import nearest_levels, restore_moments, weighted_kmeans
-from kvcomp_jax.calibrate.store import About, NotCalibrated, file_name, find, load, save
+from kvcomp_jax.calibrate.store import About, NotCalibrated, file_name, find, load, locate, save
 
 __all__ = [
     "About",
@@ -12,6 +12,7 @@ __all__ = [
     "file_name",
     "find",
     "load",
+    "locate",
     "nearest_levels",
     "restore_moments",
     "save",

@@ -89,6 +89,13 @@ def load(file: Path) -> tuple[dict[str, np.ndarray], About]:
         raise ValueError(f"calibration {file}: its metadata is damaged: {error}") from error
 
 
+def locate(name: str, method: str, options: Mapping[str, Any], layout: Layout) -> Path:
+    """Where `find` looks; there need not be a file."""
+    wanted = file_name(method, options) if name == "auto" else name
+    beside = None if layout.calibrations is None else Path(layout.calibrations) / wanted
+    return beside if beside is not None and (name == "auto" or not Path(name).is_file()) else Path(wanted)
+
+
 def find(name: str, method: str, options: Mapping[str, Any], layout: Layout) -> dict[str, np.ndarray]:
     """Read the calibration of a method for a model.
 
@@ -102,9 +109,7 @@ def find(name: str, method: str, options: Mapping[str, Any], layout: Layout) -> 
       NotCalibrated: If there is none.
       ValueError: If it is of another method, model or options, or damaged.
     """
-    wanted = file_name(method, options) if name == "auto" else name
-    beside = None if layout.calibrations is None else Path(layout.calibrations) / wanted
-    file = beside if beside is not None and (name == "auto" or not Path(name).is_file()) else Path(wanted)
+    file = locate(name, method, options, layout)
     if not file.is_file():
         text = ",".join(f"{key}={value}" for key, value in options.items())
         raise NotCalibrated(

@@ -25,7 +25,8 @@ class Affine(IntegerCodec):
     consecutive tokens of one channel. Symmetric uses 2**bits - 1 levels around zero and stores no zero point.
     Scale and zero point are rounded to `metadata_dtype` first and the codes taken with the rounded ones, so the
     error is at most scale / 2 beyond that rounding; metadata saturates at that dtype's largest value. Constant groups
-    get code 0 and come back as their minimum.
+    get code 0 and come back as their minimum. Scales and codes are products with rounded reciprocals, so that they are
+    the same however they are compiled, and within float32 rounding of a tie a quotient may give the other code.
     clip < 1 multiplies both ends of a group's range and so suits rows around zero, rotated ones above all: fewer wasted
     levels for a few elements that are cut off. The bound on the error then holds for elements within the range.
     Stochastic rounding picks the level above or below so that the expected value is exact; its error is below one

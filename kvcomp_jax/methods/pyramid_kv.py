@@ -28,9 +28,9 @@ def pyramid_kv(
     """Choose tokens of the prompt by the votes of its last `window`, fewer in each layer than in the one before.
 
     `budget` is the mean over layers; they fall linearly, and the last layer's is `budget / beta`, but not below the
-    window and one token, or in a composition one block, nor the first one's above a prompt whose length the budget is a
-    fraction of. Budgets count the window, as in kvpress, whose defaults these are; where these bounds do not fit,
-    kvpress gives all layers the same.
+    window and one token, or in a composition one block, nor the first one's above the prompt less the window (of a
+    budget in tokens, the longest prompt of the batch). Budgets count the window, as in kvpress, whose defaults these
+    are; where these bounds do not fit, kvpress gives all layers the same.
     """
     layers, tokens, least = context.layout.num_layers, context.tokens(budget), num_sinks + window + context.least
     if beta < 1:
@@ -39,8 +39,9 @@ def pyramid_kv(
     if tokens < least and not shrink:
         raise ValueError(f"budget={tokens} tokens must exceed num_sinks={num_sinks} + window={window}.")
     last = max(tokens / beta, min(least, tokens))
-    if shrink and context.prompt_len is not None:
-        last = max(last, min(2 * tokens - (context.prompt_len - window), tokens))
+    prompt = context.prompt_len if shrink else context.longest
+    if prompt is not None:
+        last = max(last, min(2 * tokens - (prompt - window), tokens))
     budgets = pyramid(tokens * layers, layers, ratio=(2 * tokens - last) / last)
     policy = WindowVote(num_queries=window, kernel_size=kernel_size, pooling=pooling, num_sinks=num_sinks)
     sizes = {"window": window, "block_size": block_size, "shrink": shrink}

@@ -25,6 +25,8 @@ class Context:
       layout: The model.
       max_len: Tokens that a row may reach, prompt and continuation.
       prompt_len: Tokens of the prompt, for budgets that are a fraction of it; None if unknown.
+      longest: Tokens of the longest prompt of the batch, for budgets in tokens: their shares of layers are the same in
+        all rows; None if unknown.
       least: Tokens of a layer's budget, sinks and window aside, that a selecting method needs at least: 1, or where a
         quantising one stores them, a block and what waits for the next.
     """
@@ -32,6 +34,7 @@ class Context:
     layout: Layout
     max_len: int
     prompt_len: int | None = None
+    longest: int | None = None
     least: int = 1
 
     def tokens(self, budget: int | float) -> int:
@@ -137,13 +140,16 @@ class Method:
         layout = Layout(num_layers=1, num_kv_heads=num_kv_heads, head_dim=head_dim)
         return self.plan(layout, max_len=max_len, prompt_len=prompt_len).specs[0]
 
-    def plan(self, layout: Layout, *, max_len: int, prompt_len: int | None = None) -> CachePlan:
+    def plan(
+        self, layout: Layout, *, max_len: int, prompt_len: int | None = None, longest: int | None = None
+    ) -> CachePlan:
         """Return the specs of all layers.
 
         Args:
           layout: The model's sizes.
           max_len: Tokens that a row may reach.
           prompt_len: Tokens of the longest prompt, for fractional budgets.
+          longest: Where the plan is a single row's, tokens of the longest prompt of its batch; None: `prompt_len`.
 
         Raises:
           NotCalibrated: If it needs a calibration that is not there.
@@ -151,7 +157,7 @@ class Method:
         """
         if max_len < 1:
             raise ValueError(f"max_len={max_len} must be at least 1 token.")
-        context = Context(layout, max_len, prompt_len)
+        context = Context(layout, max_len, prompt_len, longest or prompt_len)
         try:
             every = self._build(context)
             fit = functools.cache(functools.partial(self._fit, context))  # layers are often alike
@@ -161,7 +167,7 @@ class Method:
         except ValueError as error:
             kind = NotCalibrated if isinstance(error, NotCalibrated) else ValueError
             raise kind(f"{self}: {error}") from error
-        return CachePlan(specs, layout, planner=self, max_len=max_len)
+        return CachePlan(specs, layout, planner=self, max_len=max_len, longest=context.longest)
 
     def _build(self, context: Context) -> list[tuple[LayerSpec, ...]]:
         """Each part's specs of all layers; a selecting part is built last, since it may size budgets by blocks."""

@@ -27,7 +27,8 @@ def scissorhands(
 
     The last `recent` stay, in short prompts at most half of a budget that is a fraction. `drop` tokens go at once, or
     that share of those that may go; then as many come before the next are dropped. Later layers get more, linearly from
-    1 - `spread` to 1 + `spread` of the mean budget: the paper says so without the numbers. `history` and `recent` are
+    1 - `spread` to 1 + `spread` of the mean budget: the paper says so without the numbers; a prompt that fits the mean
+    but not the first layer's budget loses tokens there. `history` and `recent` are
     the paper's. A gentler setting: `history=256,recent=64,drop=0.125,num_sinks=4`.
     """
     if not 0 <= spread < 1:

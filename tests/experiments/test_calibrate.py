@@ -32,6 +32,12 @@ def test_the_result_lies_beside_the_model_and_says_where_it_comes_from(calibrate
     assert about.provenance["versions"]["jax"]
 
 
+def test_a_comparison_knows_which_tokens_it_has_seen(calibrated, text_file):
+    layout, text = models.load_layout(str(calibrated)), text_file.read_text()
+    for last, seen in ((903, False), (904, True)):
+        assert compare.calibrated_on("h2o+kvquant:bits=4", layout, text, np.array([[0, last]])) is seen
+
+
 @pytest.mark.slow
 def test_it_is_found_and_used(calibrated, text_file, tmp_path):
     methods = "full;kvquant:bits=4"

@@ -14,6 +14,8 @@ import models
 from experiments import compare, report
 from experiments.cli import run
 from experiments.measure import Bench
+from experiments.texts import load_text, sha256
+from kvcomp_jax.calibrate import About, save
 from tests.experiments import tiny
 
 SIZES = ["--context", "64", "--score", "32", "--windows", "2", "--decode-steps", "4", "--repeats", "2"]
@@ -116,6 +118,22 @@ def test_a_row_that_saves_nothing_says_so(model_folder, text_file, tmp_path, cap
     assert run(compare.Config, compare.main, arguments(model_folder, text_file, tmp_path, methods)) == 0
     assert [row["note"] for row in tiny.read_results(tmp_path)["rows"]] == ["", "no bytes saved"]
     assert "no bytes saved" in (tmp_path / "index.html").read_text()
+
+
+def test_a_row_calibrated_on_scored_tokens_says_so(model_folder, text_file, tmp_path):
+    """The windows are of tokens 0 to 95 and 500 to 595."""
+    layout, options = models.load(model_folder).layout, {"num_sinks": 4, "recent": 16}
+    text, methods = load_text(text_file), ["full"]
+    for name, first in (("on", 595), ("after", 596)):
+        made = {"text_sha256": sha256(text), "tokens_read": [first, 1000]}
+        about = About("duo_attention", options, layout.fingerprint, made)
+        save(tmp_path / name, {"beyond": np.arange(6, dtype=np.float32).reshape(3, 2)}, about)
+        methods.append(f"duo_attention:num_sinks=4,recent=16,calibration={tmp_path / name}")
+    assert run(compare.Config, compare.main, arguments(model_folder, text_file, tmp_path, ";".join(methods))) == 0
+    notes = [row["note"] for row in tiny.read_results(tmp_path)["rows"]]
+    assert ["calibrated on scored tokens" in note for note in notes] == [False, True, False]
+    assert "calibrated on scored tokens" in (tmp_path / "index.html").read_text()
+    assert not compare.calibrated_on(methods[1], layout, text + " another", np.array([[595]]))
 
 
 @pytest.mark.slow

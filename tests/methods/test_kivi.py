@@ -39,12 +39,13 @@ def test_codes_of_the_released_quantiser(which, axis, bits, group_size):
     enc = encode(codec, jnp.asarray(golden[which]), None)
     name = f"b{bits}_g{group_size}"
     codes, released = np.asarray(unpack(enc.codes, bits)), golden[f"{which}_codes_{name}"]
-    tie = np.abs(quotients(golden[which], axis, bits, group_size) % 1 - 0.5) < 1e-5  # rounding may fall either way
-    assert tie.mean() < 1e-3
-    np.testing.assert_array_equal(codes[~tie], released[~tie])
-    assert (np.abs(codes[tie].astype(int) - released[tie]) <= 1).all()
-    assert (codes != released).sum() <= 1  # one of all: 9.499999, which the released float32 arithmetic calls 9.5
     same = codes == released
+    if (which, bits, group_size) == ("k", 4, 64):  # one of all: 9.499999, which the released float32 quotient calls 9.5
+        assert (~same).sum() == 1
+        assert (codes[~same], released[~same]) == (9, 10)
+        assert quotients(golden[which], axis, bits, group_size)[~same] == pytest.approx(9.499999, abs=1e-7)
+    else:
+        assert same.all()
     np.testing.assert_allclose(
         np.asarray(decoded(codec, enc, None))[same], golden[f"{which}_hat_{name}"][same], rtol=0, atol=1e-5
     )

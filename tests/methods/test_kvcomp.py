@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kvcomp_jax as kvc
-from kvcomp_jax.codecs import Bounded, Entropy
+from kvcomp_jax.codecs import AcrossHeads, Bounded, Entropy
 from kvcomp_jax.tiers import attend_by_blocks, attend_tier
 from kvcomp_jax.types import Constant
 from pallas_kernels.entropy_decode import streams
@@ -17,8 +17,8 @@ from pallas_kernels.entropy_decode.rows import codes_of
 from tests.laws.parts import HEAD_DIM, decode_many, make, normal, prefill, qkv
 
 # Op by op, each operation would compile alone.
-encode = jax.jit(lambda codec, x: codec.encode(x, None))
-decode = jax.jit(lambda codec, enc: codec.decode(enc, None))
+encode = jax.jit(lambda codec, x, pos=None: codec.encode(x, pos))
+decode = jax.jit(lambda codec, enc, pos=None: codec.decode(enc, pos))
 dot = jax.jit(lambda codec, q, enc: codec.dot(q, enc, None))
 mix = jax.jit(lambda codec, p, enc: codec.mix(p, enc, None))
 quantise = jax.jit(lambda codec, x: codec.quantise(x, 1.0))
@@ -50,6 +50,21 @@ def test_no_value_is_off_by_more_than_half_a_relative_step(axis, rel_scale):
         bound = rel_scale * ranges(np.asarray(x), axis) / 2
         assert (error <= bound * (1 + 2**-10) + 1e-5).all()
         assert error.max() > 0.9 * bound.min()  # the step is not finer than asked for
+
+
+@pytest.mark.parametrize("rel_scale", [0.03, 0.05, 0.1, 0.25])
+@pytest.mark.parametrize("axis", REGIONS)
+def test_the_bound_over_all_heads_is_half_a_relative_step_of_their_common_range(axis, rel_scale):
+    """A block or a token has one step for all heads, a channel one of its own; the first head is the quieter one."""
+    codec, pos = AcrossHeads(inner=bounded(axis, rel_scale), num_heads=2), jnp.zeros((1, 2, 128), jnp.int32)
+    x = normal(2, 1, 2, 128, HEAD_DIM).at[:, 1].mul(3.0)
+    error = np.abs(np.asarray(decode(codec, encode(codec, x, pos), pos)) - x)
+    joined = np.concatenate(np.asarray(x).swapaxes(0, 1), -1)  # [1, 128, 2 D]
+    spread = np.stack(np.split(ranges(joined, axis), 2, -1), 1)  # [1, 2, 128, D]
+    bound = rel_scale * spread / 2
+    assert (error <= bound * (1 + 2**-10) + 1e-5).all()
+    assert ((error / bound).max((0, 2, 3)) > 0.9).all()  # of neither head is the step finer
+    assert (error / bound).max() > 0.99
 
 
 def test_a_byte_for_the_zero_bin_coarsens_only_regions_far_from_zero():

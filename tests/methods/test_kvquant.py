@@ -212,6 +212,22 @@ def test_q_norm_restores_mean_and_spread(bits):
     np.testing.assert_allclose(restore_moments(levels, levels), levels, atol=1e-12)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_q_norm_restores_mean_and_spread_of_values(bits):
+    """Each token's values, its heads joined, are brought to -1 .. 1 once its outliers are cut."""
+    layer = _layer(8)
+    tables = calibrate(layer, bits=bits)
+    cut = per_side(0.01, CHANNELS)
+    rest = np.sort(layer.v[:, 1:].reshape(-1, CHANNELS), -1)[:, cut:-cut]
+    low, high = rest[:, :1], rest[:, -1:]
+    z = (2 * rest - low - high) / (high - low)
+    codes = nearest_levels(z, tables["v_levels"])
+    read, plain = tables["v_values"][codes], tables["v_levels"][codes]
+    assert read.mean() == pytest.approx(z.mean(), abs=1e-3)
+    assert read.std() == pytest.approx(z.std(), abs=1e-3)
+    assert abs(plain.std() - z.std()) > 5e-3
+
+
 def test_q_norm_is_on_at_2_bits_and_by_option():
     assert rung(KVQUANT_2).v.inner.values is not None
     assert parts_of(rung().k)[2].values is None

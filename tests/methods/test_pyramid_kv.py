@@ -43,6 +43,19 @@ def test_budgets_are_those_of_kvpress(prompt, ratio, layers):
     assert sizes[0] <= prompt - 64 or ratio < 0.5
 
 
+@pytest.mark.parametrize("budget", [700, 1000, 1024, 1100, 2048])
+def test_budgets_in_tokens_lose_nothing_of_shorter_prompts(budget):
+    """And keep within the prompt where they are smaller; short rows have the layers' budgets of the longest."""
+    layout = kvc.Layout(num_layers=30, num_kv_heads=1, head_dim=64)
+    plan = kvc.parse(f"pyramid_kv:budget={budget}").plan(layout, max_len=4096, prompt_len=1024)
+    sizes = [of_prompt(spec) for spec in plan.specs]
+    assert sum(sizes) == 30 * budget
+    assert sizes[0] <= max(1024 - 64, budget)
+    assert sizes[-1] == pytest.approx(min(2 * budget - (1024 - 64), budget), abs=1)
+    (short,) = plan.row_plans([300])
+    assert [of_prompt(spec) for spec in short.specs] == sizes
+
+
 @pytest.mark.parametrize("store", ["int4", "kivi:bits=4"])
 @pytest.mark.parametrize("budget", [0.5, 0.25])
 def test_compositions_leave_the_last_layers_a_block(budget, store):
