@@ -14,6 +14,7 @@ from kvcomp_jax.methods.h2o import h2o
 from kvcomp_jax.methods.hack import hack
 from kvcomp_jax.methods.int8_int4 import int4, int8
 from kvcomp_jax.methods.kivi import kivi
+from kvcomp_jax.methods.knorm import knorm
 from kvcomp_jax.methods.kvcomp import kvcomp
 from kvcomp_jax.methods.kvquant import kvquant
 from kvcomp_jax.methods.kvzip import kvzip
@@ -53,6 +54,7 @@ __all__ = [
     "int4",
     "int8",
     "kivi",
+    "knorm",
     "kvcomp",
     "kvquant",
     "kvzip",

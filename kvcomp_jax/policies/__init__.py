@@ -4,6 +4,7 @@ from kvcomp_jax.policies.base import Policy, Probes, Prompt, Stat, Step, Watched
 from kvcomp_jax.policies.distinct import Distinct
 from kvcomp_jax.policies.expected_attention import ExpectedAttention
 from kvcomp_jax.policies.heavy_hitter import HeavyHitter
+from kvcomp_jax.policies.key_norm import KeyNorm
 from kvcomp_jax.policies.last_query import LastQuery
 from kvcomp_jax.policies.persistence import Persistence
 from kvcomp_jax.policies.prompt_rank import PromptRank
@@ -18,6 +19,7 @@ __all__ = [
     "Distinct",
     "ExpectedAttention",
     "HeavyHitter",
+    "KeyNorm",
     "LastQuery",
     "Persistence",
     "Policy",

@@ -1,12 +1,21 @@
 """H2O and StreamingLLM against brute force."""
 
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import kvcomp_jax as kvc
+from kvcomp_jax.plan import CachePlan
+from models.generate import prefill as prefill_model
 from tests.laws.parts import HEAD_DIM, make, prefill, qkv
+from tests.methods.brute import held
+from tests.models import golden
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "methods"
 
 
 def probs_of(q, k, keep):
@@ -41,6 +50,20 @@ def test_h2o_keeps_what_brute_force_keeps():
         heavy = np.asarray(tier.pos[0, 0])
         assert set(heavy.tolist()) == set(np.flatnonzero(keep[: t + 1 - budget // 2]).tolist())
         np.testing.assert_allclose(tier.stat[0, 0], mass[heavy], rtol=1e-4)
+
+
+@pytest.mark.parametrize("ratio", ["0.5", "0.75"])
+def test_mass_over_the_queries_that_saw_a_key_keeps_what_kvpress_keeps(ratio):
+    """Its ObservedAttention ranks a prompt as H2O does, but divides by how many queries saw a key."""
+    lm, _ = golden.load("llama")
+    with np.load(GOLDEN / f"observed_attention_{ratio}.npz") as arrays:
+        kept = dict(arrays)
+    rung = kvc.Rung(kvc.Identity(), kvc.Identity(), kept["layer0"].shape[1])
+    spec = kvc.LayerSpec(rungs=(rung,), policy=kvc.Saliency(recent=1.0, random=0.0, divide_by="queries"), block_size=1)
+    plan = CachePlan((spec,) * lm.config.layout.num_layers, lm.config.layout)
+    _, caches, *_ = prefill_model(lm, [kept["tokens"][0].tolist()], plan.init(batch=1, dtype=lm.dtype))
+    for layer, cache in enumerate(caches):
+        assert held(cache) == [set(head.tolist()) for head in kept[f"layer{layer}"]]
 
 
 def evict(keep, mass, length, budget):
