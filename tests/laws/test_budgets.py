@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 import kvcomp_jax as kvc
-from tests.laws.parts import FORMS, HEAD_DIM, PYRAMID, decode_many, prefill, qkv
+from tests.laws.parts import (
+    ARKVALE,
+    CLUSTER_KV,
+    FORMS,
+    HEAD_DIM,
+    PYRAMID,
+    QUEST,
+    decode,
+    decode_many,
+    make,
+    prefill,
+    qkv,
+)
 from tests.laws.test_cache import LENGTHS, STEPS, assert_no_duplicates, exact, lengths_for, run
 
 BUDGETED = [
@@ -27,6 +39,48 @@ def test_evicting_caches_hold_exactly_their_budget(text, budget):
     np.testing.assert_array_equal(kvc.live_tokens(after_prompt), budget)
     np.testing.assert_array_equal(kvc.live_tokens(cache), budget)
     assert_no_duplicates(cache)
+
+
+SELECTING = [
+    *(text for text, _ in BUDGETED if "0." not in text),
+    "snapkv:budget=40,window=8",
+    "knorm:budget=40",
+    "expected_attention:budget=40",
+    "ada_kv:budget=40,window=8",
+    "critical_kv:budget=40,by=snapkv,window=8,projected=false",
+    "scissorhands:budget=40,history=20",
+    QUEST,
+    ARKVALE,
+    CLUSTER_KV,
+]
+FEW = ("h2o:budget=40", "snapkv:budget=40,window=8")  # the others are slow tests
+EACH = [text if text in FEW else pytest.param(text, marks=pytest.mark.slow) for text in SELECTING]
+
+
+@pytest.mark.parametrize("text", EACH)
+def test_scores_that_are_all_equal_choose_as_many_tokens(text):
+    """Keys of zeros: every query attends to all alike."""
+    q, k, v = qkv(9, 2, 110)
+    out, decoded, cache, after_prompt = run(text, q, jnp.zeros_like(k), v, [70, 70])
+    assert np.isfinite(out).all()
+    assert np.isfinite(decoded).all()
+    assert_no_duplicates(cache)
+    for budget in [budget for name, budget in BUDGETED if name == text]:
+        np.testing.assert_array_equal(kvc.live_tokens(after_prompt), budget)
+        np.testing.assert_array_equal(kvc.live_tokens(cache), budget)
+
+
+@pytest.mark.parametrize("text", EACH)
+def test_rows_without_a_prompt_hold_nothing_and_begin_with_their_first_token(text):
+    q, k, v = qkv(10, 4, 71)
+    cache = make(text, batch=4, num_kv_heads=2, max_len=110)
+    _, cache = prefill(cache, q[:, :70], k[:, :70], v[:, :70], jnp.array([70, 0, 33, 0]))
+    np.testing.assert_array_equal(kvc.live_tokens(cache)[[1, 3]], 0)
+    assert (kvc.live_tokens(cache)[[0, 2]] > 0).all()
+    out, cache = decode(cache, q[:, 70:], k[:, 70:], v[:, 70:])
+    for row in (1, 3):
+        chex.assert_trees_all_close(out[row, 0], jnp.repeat(v[row, 70], 2, 0), atol=1e-5)
+    np.testing.assert_array_equal(kvc.live_tokens(cache)[[1, 3]], 1)
 
 
 @pytest.mark.parametrize(

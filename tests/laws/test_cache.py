@@ -96,10 +96,20 @@ EXACT = [
     "scissorhands:budget=200,history=20",
     "cluster_kv:budget=109,num_sinks=3,window=16,window_clusters=3,full_layers=0",
 ]
+EXACT_TOO = [
+    "expected_attention:budget=200",
+    "critical_kv:budget=200,by=snapkv,window=8,projected=false",
+    "knorm:budget=200",
+]
 
 
 @pytest.mark.parametrize(
-    ("text", "heads"), [*((text, (6, 2)) for text in EXACT), *((text, h) for text in EXACT[1:3] for h in HEADS[::2])]
+    ("text", "heads"),
+    [
+        *((text, (6, 2)) for text in EXACT),
+        *((text, h) for text in EXACT[1:3] for h in HEADS[::2]),
+        *(pytest.param(text, (6, 2), marks=pytest.mark.slow) for text in EXACT_TOO),
+    ],
 )
 def test_exact_ladders_equal_full_attention_while_capacity_suffices(text, heads):
     q, k, v = qkv(0, 4, max(LENGTHS) + STEPS, heads)
