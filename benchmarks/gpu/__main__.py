@@ -56,9 +56,13 @@ def main() -> int:
 
 
 def _usable(record: Record, backends: tuple[str, ...]) -> tuple[str, ...]:
-    """Backends that took a case of the decode operation; times of wrong results are marked by `correctness`."""
-    taken = {row.get("backend") for row in record.content.get("correctness", []) if row["outcome"] == "right"}
-    return tuple(backend for backend in backends if backend in taken)
+    """Backends whose decode attention was right, or not reached, in a case; times say nothing of the others."""
+    kept = {
+        row["backend"]
+        for row in record.content.get("correctness", [])
+        if row["operation"] == "quantized_decode" and row["outcome"] in ("right", "not reached")
+    }
+    return tuple(backend for backend in backends if backend in kept)
 
 
 def _options() -> argparse.Namespace:
