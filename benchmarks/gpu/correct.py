@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
 from benchmarks.record import Record
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.hadamard.ties import codes_apart, same_rows
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative to the largest output; a Hopper kernel computes in bfloat16
 
@@ -91,8 +93,19 @@ def _outcome(operation: str, case, function: Callable, args: tuple, want, backen
         return {"outcome": "unsupported", "reason": str(reason)}
     except Exception as error:  # a kernel that does not compile must not hide the others
         return {"outcome": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
+    return judged(operation, case, backend, got, want)
+
+
+def judged(operation: str, case, backend: str, got, want) -> dict:
+    """Whether what a backend made of a case is right, and by how much it differs from the reference."""
+    if getattr(case, "function", operation) == "rotate_quantize_pack":  # words, whose difference means nothing
+        with jax.default_device(jax.devices("cpu")[0]):
+            got, want = (jax.tree.map(jnp.asarray, jax.device_get(rows)) for rows in (got, want))
+            most, share = codes_apart(got, want, case.fmt)
+            right = same_rows(got, want, case.fmt)
+        return {"outcome": "right" if right else "wrong", "most_codes_apart": most, "share_apart": share}
     error = max(jax.tree.leaves(jax.tree.map(_error, _comparable(got), _comparable(want))), default=0.0)
-    limit = 0.0 if operation == "quantize_pack" else TOLERANCE["float32"]
+    limit = 0.0 if operation == "quantize_pack" else TOLERANCE["float32"]  # the former is exact, bit for bit
     if limit and (backend == "hopper" or getattr(case, "dtype", "") == "bfloat16"):
         limit = TOLERANCE["bfloat16"]
     return {"outcome": "right" if error <= limit else "wrong", "error": error, "tolerance": limit}

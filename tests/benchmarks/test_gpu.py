@@ -8,6 +8,10 @@ from benchmarks.gpu import correct, steps
 from benchmarks.gpu.__main__ import _usable
 from benchmarks.record import Record
 from pallas_kernels import quantized_decode
+from pallas_kernels.hadamard import cases as hadamard_cases
+from pallas_kernels.quantize_pack import cases as quantize_cases
+from pallas_kernels.quantize_pack import quantize_pack
+from pallas_kernels.quantized_decode.cases import token
 
 
 def test_operations_that_have_a_hopper_kernel_are_checked_first():
@@ -37,6 +41,20 @@ def test_a_case_has_one_reference_and_a_row_for_each_backend_there_is(tmp_path, 
         ("low_rank_decode", "blocked", "right"),
     ]
     assert called_with == ["reference", "hopper", "blocked"]
+
+
+@pytest.mark.parametrize(("operation", "outcome_of_a_tie"), [("hadamard", "right"), ("quantize_pack", "wrong")])
+def test_words_are_right_bit_for_bit_and_where_they_are_rotated_up_to_ties(operation, outcome_of_a_tie):
+    case = {"hadamard": hadamard_cases.Case(fmt=token(4)), "quantize_pack": quantize_cases.Case(token(4))}[operation]
+    want = quantize_pack(*case.arguments()[0])
+
+    def outcome(change):
+        got = want._replace(codes=want.codes.at[0, 0, 0, 0].set(change(want.codes[0, 0, 0, 0])))
+        return correct.judged(operation, case, "gpu", got, want)["outcome"]
+
+    assert outcome(lambda word: word) == "right"
+    assert outcome(lambda word: word ^ 1) == outcome_of_a_tie
+    assert outcome(lambda word: ~word) == "wrong"
 
 
 def test_backends_that_decode_attention_wrongly_are_not_timed(tmp_path):
