@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import kvcomp_jax as kvc
@@ -24,6 +25,19 @@ def test_what_a_policy_asks_for_is_the_reason():
     (rung,) = kvc.kernels_in_use(make("h2o:budget=64+int4", batch=1, num_kv_heads=2, max_len=256))
     assert rung.backend == "xla"
     assert "HeavyHitter needs each token's probability" in rung.reasons[0][1]
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_a_hopper_gpu_gets_its_kernel_or_the_reason_why_not(head_dim):
+    layout = kvc.Layout(num_layers=1, num_kv_heads=2, head_dim=head_dim)
+    (cache,) = kvc.parse("int4").plan(layout, max_len=256, prompt_len=256).init(batch=1, dtype=jnp.float32)
+    with compile_for(Target("gpu", 90)):
+        (rung,) = kvc.kernels_in_use(cache, num_heads=4)
+    if head_dim == 64:
+        assert (rung.operation, rung.backend, rung.reasons) == ("quantized_decode", "hopper", ())
+    else:
+        assert rung.backend != "hopper"
+        assert rung.reasons[0] == ("hopper", "head_dim=80 must be 64, 128, 192 or 256.")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
