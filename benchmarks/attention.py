@@ -1,19 +1,21 @@
 """Time of decode attention by cache format: what is measured, and over which caches.
 
-One program attends to many distinct caches one after the other, so that it holds enough work for its launch not to
-matter and that no cache is found in the L2.
+One program attends to many distinct caches one after the other, so that no cache is found in the L2, and where that
+takes too short beside its launch, to all of them several times.
 """
 
 import dataclasses
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from benchmarks import timing
 from benchmarks.record import Record
-from benchmarks.timing import interleaved, wall
 from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.quantized_decode import quantized_decode
 
@@ -37,8 +39,17 @@ BITS = (2, 3, 4, 8)
 DISTINCT_BYTES = 480 * 2**20  # an L2 has 50 MB
 
 
-def measure(record: Record, shape: Shape, backends: Sequence[str], rounds: int, distinct_bytes: int) -> None:
-    """Time every variant at one shape, in one process and interleaved."""
+def measure(
+    record: Record, shape: Shape, backends: Sequence[str], rounds: int, distinct_bytes: int, *, call_s: float = 0.0
+) -> None:
+    """Time every variant at one shape, in one process and interleaved.
+
+    Args:
+      distinct_bytes: Least size of all the caches that a program attends to.
+      call_s: How long a call should last at the memory's measured speed; 0 = all caches once. Not for CPUs, where XLA
+        runs the bodies of loops on one thread.
+    """
+    speed = record.content["bandwidth"][0]["read_bytes_per_s"]
     programs: dict[str, Callable[[], float]] = {}
     facts: dict[str, dict] = {}
     made: dict[str, list] = {}
@@ -49,16 +60,18 @@ def measure(record: Record, shape: Shape, backends: Sequence[str], rounds: int, 
         try:
             if kind not in made:
                 made[kind] = _caches(shape, kind, distinct_bytes)
-            program = step(q, made[kind])
+            size, count = _num_bytes(made[kind][0]), len(made[kind])
+            times = timing.repeats(size * count, speed, call_s)
+            program = step(q, made[kind], times)
             program()
         except Exception as error:  # a baseline that this machine cannot run is a result too
             reason = f"{type(error).__name__}: {error}"[:300]
             record.add("attention", variant=name, **dataclasses.asdict(shape), failed=reason)
             continue
         programs[name] = program
-        facts[name] = {"bytes": _num_bytes(made[kind][0]), "caches": len(made[kind])}
-    for name, row in interleaved(programs, rounds, record.left).items():
-        count, size = facts[name]["caches"], facts[name]["bytes"]
+        facts[name] = {"bytes": size, "caches": count, "times": times}
+    for name, row in timing.interleaved(programs, rounds, record.left).items():
+        count, size = facts[name]["caches"] * facts[name]["times"], facts[name]["bytes"]
         each = {"median_s": row["median_s"] / count, "quartiles_s": [x / count for x in row["quartiles_s"]]}
         record.add("attention", variant=name, **dataclasses.asdict(shape), **facts[name], rounds=row["rounds"], **each,
                    bytes_per_s=size / each["median_s"])  # fmt: skip
@@ -78,7 +91,7 @@ def _num_bytes(cache) -> int:
 
 
 def _variants(shape: Shape, backends: Sequence[str]) -> dict[str, tuple[str, Callable]]:
-    """By name: the kind of cache, and a function from q and caches to a timed program."""
+    """By name: the kind of cache, and a function from q, caches and how often to attend to them to a timed program."""
     variants: dict[str, tuple[str, Callable]] = {}
     for backend in backends:
         for bits in BITS:
@@ -123,7 +136,7 @@ def _hash(seed, shape: tuple[int, ...]) -> jax.Array:
     """Well-mixed u32 from indices."""
     x = jnp.full(shape, seed, jnp.uint32)
     for axis in range(len(shape)):
-        x = (x + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(2654435761)
+        x = (x + lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(2654435761)
         x = x ^ (x >> 15)
     return x * jnp.uint32(2246822519)
 
@@ -158,16 +171,30 @@ def _jax_attention(implementation: str) -> Callable:
 
 
 def _each(attend: Callable) -> Callable:
-    """Attend to all caches in one program."""
+    """Attend to all caches in one program, and as often as asked.
 
-    def step(q, caches):
-        compiled = jax.jit(lambda q, caches: [attend(q, cache) for cache in caches])
-        return wall(compiled, q, caches)
+    Queries depend on all that came before, so that XLA can neither merge the repetitions nor take them out of the loop;
+    the barrier keeps what is done to keys and values alone in it, e.g. transposes.
+    """
+
+    def once(q, caches):
+        return [attend(q, cache) for cache in caches]
+
+    def chained(q, caches, times):
+        def again(_, q):
+            out = once(*lax.optimization_barrier((q, caches)))
+            return (q + 1e-6 * sum(x.reshape(q.shape).astype(jnp.float32) for x in out)).astype(q.dtype)
+
+        return lax.fori_loop(0, times, again, q)
+
+    def step(q, caches, times):
+        compiled = jax.jit(once if times == 1 else partial(chained, times=times))
+        return timing.wall(compiled, q, caches)
 
     return step
 
 
-def _torch_step(q, caches) -> Callable[[], float]:
+def _torch_step(q, caches, times: int) -> Callable[[], float]:
     import torch
 
     batch, heads, queries, dim = q.shape
@@ -184,7 +211,7 @@ def _torch_step(q, caches) -> Callable[[], float]:
             torch.cuda.synchronize()
         start = time.perf_counter()
         with torch.inference_mode():
-            for k, v in caches:
+            for k, v in caches * times:
                 attention(q, k, v, scale=1.0, **options)
         if on_gpu:
             torch.cuda.synchronize()

@@ -1,11 +1,14 @@
 """Interleaved timing: every program once a round, medians and spread over rounds."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+CALL_S = 5e-3  # on a GPU, beside which the launch is about a hundredth
 
 
 def interleaved(programs: Mapping[str, Callable[[], float]], rounds: int, left: Callable[[], float]) -> dict[str, dict]:
@@ -27,7 +30,7 @@ def interleaved(programs: Mapping[str, Callable[[], float]], rounds: int, left: 
 
 
 def wall(compiled: Callable[..., object], *args: object) -> Callable[[], float]:
-    """Seconds from call to finished result; one call holds enough work for the launch not to matter."""
+    """Seconds from call to finished result, with the tens of microseconds that Python and the launch take."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -35,6 +38,11 @@ def wall(compiled: Callable[..., object], *args: object) -> Callable[[], float]:
         return time.perf_counter() - start
 
     return run
+
+
+def repeats(num_bytes: int, bytes_per_s: float, call_s: float) -> int:
+    """How often work on `num_bytes` must be done for a call to last `call_s` where memory limits it; at least once."""
+    return max(1, math.ceil(call_s * bytes_per_s / num_bytes))
 
 
 def bandwidth(num_bytes: int, rounds: int, left: Callable[[], float]) -> dict[str, float]:

@@ -12,6 +12,16 @@ from pallas_kernels.quantize_pack.reference import quantize_pack
 encoded = jax.jit(quantize_pack, static_argnums=1)  # many cases share shapes, and one compilation
 
 
+def draw_rows(rng: np.random.Generator, shape: tuple[int, ...], values: str) -> np.ndarray:
+    """Rows f32[*b, S, D]: "normal", "constant" (all that share *b alike), or "outliers", one in a hundred huge."""
+    x = rng.standard_normal(shape).astype(np.float32)
+    if values == "constant":
+        x[:] = x[..., :1, :1]
+    elif values == "outliers":
+        x *= np.where(rng.random(shape) < 0.01, 1e3, 1)
+    return x
+
+
 def draw_positions(
     rng: np.random.Generator, kind: str | None, shape: tuple[int, int, int], num_queries: int
 ) -> tuple[jax.Array | None, jax.Array | None]:

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import kvcomp_jax as kvc
@@ -26,6 +27,19 @@ def test_what_a_policy_asks_for_is_the_reason():
     assert "HeavyHitter needs each token's probability" in rung.reasons[0][1]
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_a_hopper_gpu_gets_its_kernel_or_the_reason_why_not(head_dim):
+    layout = kvc.Layout(num_layers=1, num_kv_heads=2, head_dim=head_dim)
+    (cache,) = kvc.parse("int4").plan(layout, max_len=256, prompt_len=256).init(batch=1, dtype=jnp.float32)
+    with compile_for(Target("gpu", 90)):
+        (rung,) = kvc.kernels_in_use(cache, num_heads=4)
+    if head_dim == 64:
+        assert (rung.operation, rung.backend, rung.reasons) == ("quantized_decode", "hopper", ())
+    else:
+        assert rung.backend != "hopper"
+        assert rung.reasons[0] == ("hopper", "head_dim=80 must be 64, 128, 192 or 256.")
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_a_decode_step_traced_for_a_target_takes_its_kernel(platform):
     cache = make("int4", batch=1, num_kv_heads=2, max_len=256)
@@ -37,9 +51,33 @@ def test_a_decode_step_traced_for_a_target_takes_its_kernel(platform):
 
 def test_reading_a_prompt_takes_the_kernels_of_prefill_and_quantise():
     cache = make("int4", batch=1, num_kv_heads=2, max_len=256)
+    assert {"prefill", "quantize_pack"} <= kernels(kvc.prefill, cache, *qkv(0, 1, 256))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("int4", {"quantized_decode"}),
+        ("kivi", {"quantized_decode"}),
+        ("quarot", {"hadamard", "quantized_decode"}),
+        ("hack", {"homomorphic_decode"}),
+        ("quest:budget=64,full_layers=0", {"low_rank_decode"}),  # what gather_decode reads its copied pages with
+    ],
+)
+def test_a_decode_step_on_tpu_holds_these_kernels(method, expected):
+    assert kernels(kvc.decode, make(method, batch=1, num_kv_heads=2, max_len=256), *qkv(0, 1, 1)) == expected
+
+
+@pytest.mark.parametrize("method", ["int4", "kivi", "quarot"])
+def test_settling_on_tpu_packs_with_a_kernel(method):  # for quarot it rotates as well
+    assert kernels(kvc.settle, make(method, batch=1, num_kv_heads=2, max_len=256)) == {"quantize_pack"}
+
+
+def kernels(function, *args):
+    """Names of the Pallas kernels in a program for TPU."""
     with compile_for(Target("tpu")):
-        program = str(jax.make_jaxpr(kvc.prefill)(cache, *qkv(0, 1, 256)))
-    assert {"name=prefill", "name=quantize_pack"} <= set(re.findall(r"name=\w+", program))
+        program = str(jax.make_jaxpr(function)(*args))
+    return set(re.findall(r"pallas_call\[.*?\n *name=(\w+)", program, re.DOTALL))
 
 
 def test_backends_to_do_without_are_passed_over_and_say_so(monkeypatch):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case_data import encoded, rows_shape
+from pallas_kernels.case_data import draw_rows, encoded, rows_shape
 from pallas_kernels.formats import Format
 from pallas_kernels.gather_decode.pages import Pages, as_rows
 from pallas_kernels.quantized_decode.cases import HEAD_DIMS, channel, token
@@ -28,6 +28,7 @@ class Case:
     lengths_per_head: bool = False  # pages filled at random instead, each head its own
     missing: float = 0.2  # share of the selection that is -1
     soft_cap: float | None = None
+    values: str = "normal"  # as in `case_data.draw_rows`
     dtype: str = "float32"  # of q and of dense pages
 
     def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
@@ -36,7 +37,7 @@ class Case:
         heads, pages = (len(self.filled), self.num_kv_heads), (self.num_pages, self.page_size)
         q = jnp.asarray(rng.standard_normal((*heads, self.rows, self.head_dim)) * self.head_dim**-0.5, self.dtype)
         k, v = (
-            self._pages(rng.standard_normal((*heads, *pages, self.head_dim)), fmt)
+            self._pages(draw_rows(rng, (*heads, *pages, self.head_dim), self.values), fmt)
             for fmt in (self.k_format, self.v_format)
         )
         index = rng.permuted(np.broadcast_to(np.arange(self.num_pages), (*heads, self.num_pages)), axis=-1)
@@ -70,7 +71,7 @@ class Case:
     def _pages(self, x: np.ndarray, fmt: Format | None) -> Pages:
         if fmt is None:
             return jnp.asarray(x, self.dtype)
-        return encoded(as_rows(jnp.asarray(x, jnp.float32)), fmt)
+        return encoded(as_rows(jnp.asarray(x)), fmt)
 
 
 CASES = {
@@ -89,6 +90,8 @@ CASES = {
     "many-pages": Case(num_pages=90, selected=47, filled=(90 * 32, 1000)),
     "all-pages": Case(selected=16),
     "soft-cap": Case(soft_cap=20.0),
+    "constant": Case(channel(2), token(2), values="constant"),
+    "outliers": Case(channel(4), token(4), values="outliers"),
     **{f"rows-{r}-heads-{h}": Case(rows=r, num_kv_heads=h) for r, h in ((1, 1), (4, 8), (16, 2))},
 }
 

@@ -53,7 +53,7 @@ CASES = {
     **{f"quantized-{b}-token": Case(fmt=token(b)) for b in (2, 3, 4, 8)},
     **{f"quantized-{b}-channel": Case(fmt=channel(b)) for b in (2, 3, 4, 8)},
     "quantized-many": Case((1, 2, 32 * 37, 128), fmt=token(4)),
-    "quantized-80": Case((1, 2, 96, 80), fmt=token(4, 16)),
+    **{f"quantized-{d}": Case((1, 2, 96, d), fmt=token(4, 16)) for d in (80, 96, 112, 256)},
     "quantized-group-128": Case((1, 2, 256, 128), fmt=channel(2, 128)),
     "quantized-symmetric": Case(fmt=token(4, 64, symmetric=True)),
     "quantized-clipped": Case(fmt=token(4, 64, clip=0.95)),

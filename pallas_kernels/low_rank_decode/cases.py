@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case_data import draw_positions, encoded, rows_shape
+from pallas_kernels.case_data import draw_positions, draw_rows, encoded, rows_shape
 from pallas_kernels.formats import Format
 from pallas_kernels.quantized_decode.cases import channel, token
 
@@ -26,6 +26,7 @@ class Case:
     soft_cap: float | None = None
     sliding_window: int | None = None
     positions: str | None = None  # as in `quantized_decode.cases`
+    values: str = "normal"  # as in `case_data.draw_rows`
     dtype: str = "float32"  # of q and of dense rows
 
     def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
@@ -33,8 +34,8 @@ class Case:
         rng = np.random.default_rng(seed)
         heads = (len(self.length), self.num_kv_heads)
         q = rng.standard_normal((*heads, self.rows, self.k_rank)) * self.k_rank**-0.5
-        k = self._rows(rng.standard_normal((*heads, self.num_slots, self.k_rank)), self.k_format)
-        v = self._rows(rng.standard_normal((*heads, self.num_slots, self.v_rank)), self.v_format)
+        k = self._rows(draw_rows(rng, (*heads, self.num_slots, self.k_rank), self.values), self.k_format)
+        v = self._rows(draw_rows(rng, (*heads, self.num_slots, self.v_rank), self.values), self.v_format)
         pos, q_pos = draw_positions(rng, self.positions, (*heads, self.num_slots), self.rows)
         return (jnp.asarray(q, self.dtype), k, v, jnp.asarray(self.length, jnp.int32), pos, q_pos), self.options
 
@@ -59,7 +60,7 @@ class Case:
         return q, k, v, jax.ShapeDtypeStruct(heads[:1], jnp.int32), pos, q_pos
 
     def _rows(self, x: np.ndarray, fmt: Format | None):
-        return jnp.asarray(x, self.dtype) if fmt is None else encoded(jnp.asarray(x, jnp.float32), fmt)
+        return jnp.asarray(x, self.dtype) if fmt is None else encoded(jnp.asarray(x), fmt)
 
 
 CASES = {
@@ -76,6 +77,8 @@ CASES = {
     "positions": Case(positions="shared"),
     "positions-per-head": Case(token(8), token(8), positions="per head"),
     "sliding-window": Case(positions="shared", sliding_window=50),
+    "constant": Case(channel(2), token(2), values="constant"),
+    "outliers": Case(channel(4), token(4), values="outliers"),
     **{f"rows-{r}-heads-{h}": Case(rows=r, num_kv_heads=h) for r, h in ((1, 1), (4, 8), (16, 2))},
 }
 

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.case_data import draw_rows, encoded
 from pallas_kernels.formats import Format
 from pallas_kernels.quantize_pack.reference import quantize_pack
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-
-_quantize_pack = jax.jit(quantize_pack, static_argnums=1)  # op by op, each operation would compile alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Case:
         rng = np.random.default_rng(seed)
         batch, heads, slots = len(self.length), self.num_kv_heads, self.num_slots
         q = rng.standard_normal((batch, heads, self.rows, self.head_dim)) * self.head_dim**-0.5
-        k, v = (self._draw(rng, (batch, heads, slots, self.head_dim)) for _ in "kv")
+        k, v = (draw_rows(rng, (batch, heads, slots, self.head_dim), self.values) for _ in "kv")
         pos = q_pos = None
         if self.positions:
             shape = (batch, heads if self.positions == "per head" else 1, slots)
@@ -46,7 +45,7 @@ class Case:
             pos = jnp.asarray(np.where(rng.random(shape) < 0.2, -1, places).astype(np.int32))
             q_pos = jnp.full((batch, self.rows), slots - 3, jnp.int32)
         length = jnp.asarray(np.array(self.length, np.int32))
-        keys, values = _quantize_pack(k, self.k_format), _quantize_pack(v, self.v_format)
+        keys, values = encoded(jnp.asarray(k), self.k_format), encoded(jnp.asarray(v), self.v_format)
         return (jnp.asarray(q.astype(jnp.dtype(self.dtype))), keys, values, length, pos, q_pos), self.options
 
     @property
@@ -67,14 +66,6 @@ class Case:
             q_pos = jax.ShapeDtypeStruct((batch, self.rows), jnp.int32)
         return q, k, v, jax.ShapeDtypeStruct((batch,), jnp.int32), pos, q_pos
 
-    def _draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> jax.Array:
-        x = rng.standard_normal(shape).astype(np.float32)
-        if self.values == "constant":
-            x[:] = x[..., :1, :1]
-        elif self.values == "outliers":
-            x *= np.where(rng.random(shape) < 0.01, 1e3, 1)
-        return jnp.asarray(x)
-
 
 def token(bits: int, group_size: int = 32, **kwargs) -> Format:
     """Scales per token."""
@@ -89,6 +80,7 @@ def channel(bits: int, group_size: int = 32, **kwargs) -> Format:
 CASES = {
     **{f"k{b}-channel-v{b}-token": Case(channel(b), token(b)) for b in (2, 3, 4, 8)},
     **{f"k{b}-token-v{c}-channel": Case(token(b), channel(c)) for b, c in ((2, 4), (3, 8), (4, 2), (8, 3))},
+    "k4-channel-v4-channel": Case(channel(4), channel(4)),
     **{
         f"head_dim-{d}": Case(channel(4), token(4, 16 if d == 80 else 32), head_dim=d, num_slots=512, length=(511,))
         for d in HEAD_DIMS

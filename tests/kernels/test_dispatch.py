@@ -2,7 +2,9 @@
 
 import jax
 import numpy as np
+import pytest
 
+from pallas_kernels.dispatch import Target, Unsupported, compile_for, recording
 from pallas_kernels.quantized_decode import quantized_decode, reference
 from pallas_kernels.quantized_decode.cases import CASES
 
@@ -32,3 +34,14 @@ def test_numpy_arrays_are_operands_too():
     got = quantized_decode(*jax.tree.map(np.asarray, args), **options, implementation="reference")
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_backend_that_is_named_never_falls_back():
+    args, options = CASES["head_dim-80"].arguments()
+    with compile_for(Target("gpu", 90)), recording() as choices:
+        with pytest.raises(Unsupported, match="head_dim=80 must be 64, 128, 192 or 256"):
+            jax.eval_shape(lambda: quantized_decode(*args, **options, implementation="hopper"))
+        assert not choices
+        jax.eval_shape(lambda: quantized_decode(*args, **options))
+    assert choices[0].backend in ("gpu", "blocked")
+    assert choices[0].reasons[0] == ("hopper", "head_dim=80 must be 64, 128, 192 or 256.")

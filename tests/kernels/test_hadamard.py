@@ -6,6 +6,7 @@ import pytest
 
 from pallas_kernels import hadamard as op
 from pallas_kernels.hadamard.cases import CASES, Case
+from pallas_kernels.hadamard.ties import codes_apart, same_rows
 from pallas_kernels.quantize_pack import dequantize, quantize_pack
 from tests.kernels.backends import backends, results
 
@@ -52,7 +53,7 @@ def test_a_backend_equals_the_reference(backend, name):
     case = CASES[name]
     got, want = results(getattr(op, case.function), case, backend)
     if case.function == "rotate_quantize_pack":
-        assert_same_rows(got, want, case.fmt)
+        assert same_rows(got, want, case.fmt), codes_apart(got, want, case.fmt)
     else:
         tolerance = 1e-2 if case.dtype == "bfloat16" else 5e-6
         assert got.dtype == want.dtype
@@ -61,13 +62,21 @@ def test_a_backend_equals_the_reference(backend, name):
         )
 
 
-def assert_same_rows(got, want, fmt):
-    """Codes may differ by one at ties, which the rounding of the rotation breaks; few do."""
-    rows, exact = dequantize(got, fmt), dequantize(want, fmt)
-    scale = jnp.expand_dims(want.scale.astype(jnp.float32), fmt.group_axis)
-    codes_apart = np.asarray(jnp.abs(fmt.split(rows - exact)) / scale)
-    assert codes_apart.max() < 1.3  # one code, and an ulp of float16 in a scale
-    assert (codes_apart > 0.7).mean() < 2e-3
+def test_rows_are_the_same_up_to_ties():
+    case = CASES["quantized-4-token"]
+    want = op.rotate_quantize_pack(*case.arguments()[0])
+
+    def same(codes=want.codes, scale=want.scale):
+        return same_rows(want._replace(codes=codes, scale=scale), want, case.fmt)
+
+    place = 1, 2, 3, 4
+    tied = jnp.where(want.codes[place] & 15, want.codes[place] - 1, want.codes[place] + 1)
+    assert same()
+    assert same(codes=want.codes.at[place].set(tied))
+    assert not same(codes=want.codes.at[place].set(~want.codes[place]))
+    assert not same(codes=want.codes.at[0, 0, 0].set(want.codes[0, 0, 0] ^ 1))
+    assert not same(scale=want.scale.at[place[:3]].set(jnp.nan))
+    assert not same(scale=want.scale.astype(jnp.float32))
 
 
 def test_rotation_helps_rows_with_outlier_channels():
