@@ -117,9 +117,14 @@ class CachePlan:
         """The plan of each row alone; this one where it does not depend on the prompt."""
         if self.planner is None:
             return [self] * len(prompt_lens)
-        sizes = {"max_len": self.max_len, "longest": self.longest}
-        made = {n: self.planner.plan(self.layout, prompt_len=n, **sizes) for n in set(prompt_lens)}
+        made = {n: self._row_plan(self.planner, n) for n in set(prompt_lens)}
         return [made[n] for n in prompt_lens]
+
+    def _row_plan(self, planner: Planner, prompt_len: int) -> "CachePlan":
+        try:
+            return planner.plan(self.layout, max_len=self.max_len, prompt_len=prompt_len, longest=self.longest)
+        except ValueError as error:
+            raise ValueError(f"a row with {prompt_len=}: {error}") from error
 
 
 def _limited(cache: LayerCache, specs: list[LayerSpec]) -> LayerCache:

@@ -131,3 +131,22 @@ def test_long_compressed_sliding_windows_see_all_of_their_window():
     _, cache = prefill(cache, q[:, :1400], k[:, :1400], v[:, :1400])
     out, _ = decode_many(cache, q[:, 1400:], k[:, 1400:], v[:, 1400:])
     chex.assert_trees_all_close(out, exact(q, k, v, 512)[:, 1400:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["snapkv:budget=0.5,window=8", "h2o:budget=0.5", "scissorhands:budget=0.5", "knorm:budget=0.5"]
+)
+def test_fractions_of_a_prompt_of_one_token_are_that_token(text):
+    q, k, v = qkv(11, 2, 70)
+    cache = make(text, batch=2, num_kv_heads=2, max_len=110, prompt_lens=[70, 1])
+    out, cache = prefill(cache, q, k, v, jnp.array([70, 1]))
+    assert kvc.live_tokens(cache)[1] == 1
+    chex.assert_trees_all_close(out[1, 0], jnp.repeat(v[1, 0], 2, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["streaming_llm:budget=0.5", "tova:budget=0.5,num_sinks=2", "expected_attention:budget=0.5"]
+)
+def test_fractions_too_small_for_the_sinks_name_the_row(text):
+    with pytest.raises(ValueError, match=r"a row with prompt_len=1: .*budget=1"):
+        make(text, batch=2, num_kv_heads=2, max_len=110, prompt_lens=[70, 1])
