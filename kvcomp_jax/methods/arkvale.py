@@ -18,6 +18,7 @@ def arkvale(
     *,
     budget: int | float = 1024,
     page_size: int | None = None,
+    volume: str = "box",
     radius: str = "mean",
     n_groups: int = 1,
     sink_pages: int = 1,
@@ -32,7 +33,8 @@ def arkvale(
     `window_pages`, the open one among them, are always at hand and count in the budget. All heads of a group of the
     `n_groups` hold the same pages, by the mean of their scores. Defaults are the paper's: boxes of the mean distance,
     one group, two layers that read everything, pages of 16 up to a budget of 1024 (or as a fraction) and of 32 above,
-    and the best min(1280, budget / 2) tokens' pages less sinks and closed window pages.
+    and the best min(1280, budget / 2) tokens' pages less sinks and closed window pages. `volume` "ball", which the
+    paper has beside the box, and the radii "max", "mean" and "center" are those of `Bounds`.
     `memory` "host" keeps the pages in host memory and copies of those at hand on the device, as the paper does.
     """
     total = context.tokens(budget)
@@ -44,6 +46,6 @@ def arkvale(
         raise ValueError(f"page_size={size} must be at least 1 token.")
     if recalls is None:
         recalls = max(min(1280, total // 2) // size - sink_pages - (window_pages - 1), 1)
-    index = Bounds(page=size, radius=radius, heads=n_groups)
+    index = Bounds(page=size, volume=volume, radius=radius, heads=n_groups)
     sizes = {"num_sinks": sink_pages * size, "window": (window_pages - 1) * size, "block_size": size}
     return recalled(context, index, budget, full_layers=full_layers, recalls=recalls, memory=memory, **sizes)

@@ -23,9 +23,9 @@ class History:
 class Persistence(Policy):
     """Rank by how few of the last `history` queries paid a token less than uniform attention, 1 / (tokens they see).
 
-    A query's attention is averaged over the heads of a group first. Among equals, the lower mean attention goes first;
-    past `history` queries this mean decays exponentially instead of forgetting one query a time. A token younger than
-    `history` is judged by the queries it has lived through, so it looks less bad.
+    A query's attention is averaged over the heads of a group first. Among equals, the lower mean attention goes first,
+    whatever their age; past `history` queries this mean decays exponentially instead of forgetting one query a time. A
+    token younger than `history` is judged by the queries it has lived through, so it looks less bad.
     In a prompt, its last `history` queries count.
 
     Source: Scissorhands, Liu et al. 2023, arXiv:2305.17118, algorithm 2; grouped heads and ties are ours.

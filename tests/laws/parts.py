@@ -182,6 +182,7 @@ METHODS = [
     ARKVALE + ",memory=host",
     CLUSTER_KV + ",memory=host",
     "arkvale:budget=0.5,page_size=8,n_groups=2,full_layers=0+int8",
+    ARKVALE + ",volume=ball,radius=max+int4",
 ]
 
 # One of each form of ladder, policy and contract of a codec; the others differ from one of these in codecs and options

@@ -14,29 +14,40 @@ PAGE, SLOTS, RECALLS, PROMPT, STEPS = 8, 5, 2, 130, 60
 TEXT = f"arkvale:budget={PAGE * (SLOTS + 3)},page_size={PAGE},recalls={RECALLS},full_layers=0"
 
 
-def page_scores(q, k, num_pages, radius="mean"):
+def extent(apart, radius):
+    """A radius by its name, of distances [..., P, D] in each channel or [..., P, 1]."""
+    nearest, farthest = apart.min(-2), apart.max(-2)
+    return {"mean": apart.mean(-2), "max": farthest, "center": (nearest + farthest) / 2}[radius]
+
+
+def page_scores(q, k, num_pages, radius="mean", volume="box"):
     """Scores [H, N] of the rung's pages, which follow one page of sinks, for q [H, D] and keys [S, K, D]."""
     scores = np.zeros((q.shape[0], num_pages))
     for n in range(num_pages):
-        keys = k[PAGE + n * PAGE : PAGE + (n + 1) * PAGE]  # [P, K, D]
-        center = (keys.min(0) + keys.max(0)) / 2
-        apart = np.abs(keys - center)
-        r = {"mean": apart.mean(0), "max": apart.max(0), "center": (apart.min(0) + apart.max(0)) / 2}[radius]
+        keys = k[PAGE + n * PAGE : PAGE + (n + 1) * PAGE].swapaxes(0, 1)  # [K, P, D]
+        center = (keys.min(1) + keys.max(1)) / 2
+        apart = np.abs(keys - center[:, None])
+        if volume == "ball":
+            apart = np.sqrt((apart**2).sum(-1, keepdims=True))
+        r = extent(apart, radius)  # [K, D or 1]
         for h in range(q.shape[0]):
             g = h // (q.shape[0] // k.shape[1])
-            scores[h, n] = np.maximum(q[h] * (center + r)[g], q[h] * (center - r)[g]).sum()
+            if volume == "ball":
+                scores[h, n] = q[h] @ center[g] + r[g, 0] * np.sqrt(q[h] @ q[h])
+            else:
+                scores[h, n] = np.maximum(q[h] * (center + r)[g], q[h] * (center - r)[g]).sum()
     return scores
 
 
-def simulate(q, k, v, groups, radius="mean"):
+def simulate(q, k, v, groups, radius="mean", volume="box"):
     """Outputs of all steps and the resident sets after each: the paper's algorithm in Python sets."""
     heads = q.shape[1]
     num = (PROMPT - 2 * PAGE) // PAGE
-    first = page_scores(q[PROMPT - 1], k, num, radius).mean(0)
+    first = page_scores(q[PROMPT - 1], k, num, radius, volume).mean(0)
     tables = [set(np.argsort(-first, kind="stable")[:SLOTS].tolist()) for _ in range(groups)]
     outs, history, recalls = [], [], []
     for t in range(PROMPT, PROMPT + STEPS):
-        scores = page_scores(q[t], k, num, radius).reshape(groups, -1, num).mean(1)
+        scores = page_scores(q[t], k, num, radius, volume).reshape(groups, -1, num).mean(1)
         count = 0
         for table, score in zip(tables, scores, strict=True):
             best = np.argsort(-score, kind="stable")[:RECALLS].tolist()
@@ -62,11 +73,21 @@ def simulate(q, k, v, groups, radius="mean"):
     return np.stack(outs), history, recalls
 
 
-@pytest.mark.parametrize(("groups", "radius"), [(1, "mean"), (2, "max"), (1, "center")])
-def test_every_step_does_what_the_algorithm_does(groups, radius):
-    (q, k, v), cache = filled(TEXT + f",n_groups={groups},radius={radius}", PROMPT, STEPS)
+@pytest.mark.parametrize(
+    ("groups", "radius", "volume"),
+    [
+        (1, "mean", "box"),
+        (2, "max", "box"),
+        (1, "center", "box"),
+        (1, "mean", "ball"),
+        pytest.param(2, "max", "ball", marks=pytest.mark.slow),
+        pytest.param(1, "center", "ball", marks=pytest.mark.slow),
+    ],
+)
+def test_every_step_does_what_the_algorithm_does(groups, radius, volume):
+    (q, k, v), cache = filled(TEXT + f",n_groups={groups},radius={radius},volume={volume}", PROMPT, STEPS)
     outs, caches = stream(cache, *(x[:, PROMPT:] for x in (q, k, v)))
-    expected, history, recalls = simulate(*(np.asarray(x[0], np.float64) for x in (q, k, v)), groups, radius)
+    expected, history, recalls = simulate(*(np.asarray(x[0], np.float64) for x in (q, k, v)), groups, radius, volume)
     np.testing.assert_allclose(outs[0], expected, atol=1e-5)
     states = [c.tiers[0].lookup.resident for c in caches]
     for state, tables in zip(states, history, strict=True):
@@ -78,28 +99,81 @@ def test_every_step_does_what_the_algorithm_does(groups, radius):
     assert [int(s.wanted[0].sum()) for s in states] == [RECALLS * groups * (i + 1) for i in range(STEPS)]
 
 
-def test_the_largest_radius_is_a_bound_and_the_mean_is_the_mean():
+@pytest.mark.parametrize("volume", ["box", "ball"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_largest_radius_is_a_bound(volume, dtype):
+    """Under jit too, where XLA may skip a rounding; each key is itself a query, so that balls are touched."""
+    index = kvc.Bounds(page=16, volume=volume)
+    keys = (100 + qkv(7, 2, 64)[1].swapaxes(1, 2)).astype(dtype)  # [B, K, S, D], of which few bits are left
+    volumes = jax.jit(index.summarise)(keys)
+    assert {x.dtype for x in jax.tree.leaves(volumes)} == {jnp.dtype(dtype)}
+    exact = keys.astype(jnp.float32)
+    middle = (exact.reshape(2, 2, 4, 16, -1).min(3) + exact.reshape(2, 2, 4, 16, -1).max(3)) / 2
+    q = jnp.concatenate([qkv(1, 2, 1)[0].reshape(2, 2, 2, -1), exact - jnp.repeat(middle, 16, 2)], 2)
+    products = jnp.einsum("bkgd,bksd->bkgs", q, exact, precision="highest").reshape(2, 2, -1, 4, 16)
+    assert bool((index.rank(q, volumes)[..., None] >= products - 1e-3).all())
+    if volume == "ball":
+        rows, center, radius = (np.asarray(x, np.float64) for x in (keys, volumes.center, volumes.radius))
+        apart = np.sqrt(((rows.reshape(2, 2, 4, 16, -1) - center[:, :, :, None]) ** 2).sum(-1))
+        assert (apart <= radius[..., None] * (1 + 1e-6 * (dtype == "float32"))).all()
+        assert (radius <= apart.max(-1) * (1 + 2 * float(jnp.finfo(dtype).eps))).all()  # and no more than it must
+
+
+def test_the_radii_are_what_they_are_named_after():
     keys = jnp.asarray(np.random.default_rng(0).integers(-64, 64, (2, 2, 64, 8)) / 8, jnp.float32)
-    q = qkv(1, 2, 1, head_dim=8)[0].reshape(2, 2, 2, 8)
-    boxes = kvc.Bounds(page=16).summarise(keys)
-    products = jnp.einsum("bkgd,bksd->bkgs", q, keys).reshape(2, 2, 2, 4, 16)
-    assert bool((kvc.Bounds(page=16).rank(q, boxes)[..., None] >= products - 1e-5).all())
     rows = np.asarray(keys).reshape(2, 2, 4, 16, 8)
     center = (rows.min(3) + rows.max(3)) / 2
     apart = np.abs(center[:, :, :, None] - rows)
-    nearest = (apart.min(3) + apart.max(3)) / 2
-    for radius, r in (("mean", apart.mean(3, dtype=np.float32)), ("max", apart.max(3)), ("center", nearest)):
+    length = np.sqrt((apart.astype(np.float64) ** 2).sum(-1, keepdims=True))
+    for radius in ("mean", "max", "center"):
         boxes = kvc.Bounds(page=16, radius=radius).summarise(keys)
-        np.testing.assert_array_equal(boxes.upper, center + r)  # eighths: sums of them are exact
-        np.testing.assert_array_equal(boxes.lower, center - r)
+        np.testing.assert_array_equal(boxes.upper, center + extent(apart, radius))  # eighths: sums of them are exact
+        np.testing.assert_array_equal(boxes.lower, center - extent(apart, radius))
+        balls = kvc.Bounds(page=16, radius=radius, volume="ball").summarise(keys)
+        np.testing.assert_array_equal(balls.center, center)
+        np.testing.assert_allclose(balls.radius, extent(length, radius)[..., 0], rtol=1e-6)
+        assert balls.radius.shape == (2, 2, 4)
 
 
 def test_the_decomposed_score_is_the_maximum():
-    index = kvc.Bounds(page=8, radius="mean")
-    boxes = index.summarise(qkv(0, 2, 64)[1].swapaxes(1, 2))
+    keys = qkv(0, 2, 64)[1].swapaxes(1, 2)
     q = qkv(5, 2, 1)[0].reshape(2, 2, 2, -1)
+    index = kvc.Bounds(page=8, radius="mean")
+    boxes = index.summarise(keys)
     by_corner = jnp.maximum(q[:, :, :, None] * boxes.upper[:, :, None], q[:, :, :, None] * boxes.lower[:, :, None])
     np.testing.assert_allclose(index.rank(q, boxes), by_corner.sum(-1), atol=1e-4)
+    index = kvc.Bounds(page=8, radius="mean", volume="ball")
+    balls = index.summarise(keys)
+    towards = q / jnp.linalg.norm(q, axis=-1, keepdims=True)
+    farthest = balls.center[:, :, None] + balls.radius[:, :, None, :, None] * towards[:, :, :, None]  # [B, K, G, N, D]
+    np.testing.assert_allclose(index.rank(q, balls), (q[:, :, :, None] * farthest).sum(-1), atol=1e-4)
+    np.testing.assert_array_equal(index.rank(jnp.zeros_like(q), balls), 0)
+
+
+@pytest.mark.parametrize("store", ["", pytest.param("+int8", marks=pytest.mark.slow), "+int4"])
+def test_pages_that_fill_get_the_balls_of_their_exact_keys(store):
+    lengths = [100, 41, 9]
+    (_, k, _), cache = filled(TEXT + ",volume=ball" + store, max(lengths), 20, lengths=lengths)
+    index, caches = cache.spec.rungs[0].lookup.index, [cache]
+    at = jnp.asarray(np.array(lengths)[:, None] + np.arange(20)[None])[..., None, None]
+    q, *more = (jnp.take_along_axis(x, at, 1) for x in qkv(0, 3, 120))
+    caches += stream(cache, q, *more)[1]
+    for held in (caches[0], caches[-1]):
+        tier = held.tiers[0]
+        for row, num in enumerate(np.asarray(tier.entered) // index.page_size):
+            keys = k[row : row + 1, PAGE : PAGE + num * index.page_size].swapaxes(1, 2)
+            now = jax.tree.map(lambda x, row=row, num=num: x[row : row + 1, :, :num], tier.lookup.summary)
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), now, index.summarise(keys))
+    assert (caches[-1].tiers[0].entered > cache.tiers[0].entered).all()
+
+
+def test_a_ball_is_one_number_more_than_a_key():
+    held, balls = (kvc.nbytes(filled(TEXT + x, PROMPT, STEPS)[1]) for x in ("", ",volume=ball"))
+    cache = filled(TEXT, PROMPT, STEPS)[1]
+    pages, live = cache.tiers[0].capacity // PAGE, int(cache.tiers[0].entered[0]) // PAGE
+    assert 0 < live < pages
+    assert held.allocated - balls.allocated == pages * 2 * (2 * 64 - (64 + 1)) * 4  # heads, numbers, bytes
+    assert held.metadata - balls.metadata == held.used - balls.used == live * 2 * (2 * 64 - (64 + 1)) * 4
 
 
 def table(*pages):
@@ -229,6 +303,7 @@ def test_rows_have_the_recalls_of_each_alone():
         ("arkvale:window_pages=1", "window_pages=1 >= 2"),
         ("arkvale:recalls=0", "recalls=0 must be at least 1 page"),
         ("arkvale:radius=min", "radius='min' must be 'max', 'mean' or 'center'"),
+        ("arkvale:volume=sphere", "volume='sphere' must be 'box' or 'ball'"),
         ("arkvale:n_groups=0", "heads=0 must be 'query', 'kv' or a number"),
     ],
 )
@@ -257,9 +332,10 @@ def pooled_rows(cache):
     return page, pools, [x[:, np.maximum(page, 0)] for x in rows]
 
 
-def test_host_memory_changes_no_output_and_copies_are_bitwise_what_stands_there():
-    (q, k, v), resident = filled(TEXT, PROMPT, STEPS)
-    _, cache = filled(TEXT + ",memory=host", PROMPT, STEPS)
+@pytest.mark.parametrize("volume", ["box", pytest.param("ball", marks=pytest.mark.slow)])
+def test_host_memory_changes_no_output_and_copies_are_bitwise_what_stands_there(volume):
+    (q, k, v), resident = filled(TEXT + f",volume={volume}", PROMPT, STEPS)
+    _, cache = filled(TEXT + f",volume={volume},memory=host", PROMPT, STEPS)
     more = [x[:, PROMPT:] for x in (q, k, v)]
     expected, caches = stream(resident, *more)
     outs, offloaded = stream(cache, *more)

@@ -61,18 +61,21 @@ def test_sets_are_nested_and_hold_tail_and_first_tokens():
         np.testing.assert_array_equal([cache.length[row] for cache in caches], n)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("interval", [1, 2])
 @pytest.mark.parametrize("least", [0, 64, 300])
-def test_counts_follow_the_closed_form(interval, least):
+def test_counts_follow_the_closed_form(interval, least, schedule):
     rho, layers, tokens = 0.9, 32, 800
     expected, now = [], tokens
     for layer in range(layers):
         expected.append(now)
         share = (1 - rho) * (math.cos(math.pi * layer / layers) + 1) / 2 + rho
+        if schedule == "linear":
+            share = 1 - (1 - rho) * layer / layers
         passed = int(now * share)
         if layer % interval == 0 and share < 1 and passed > least and now > least:
             now = passed
-    assert nested(tokens, layers, decay=rho, interval=interval, least=least) == tuple(expected)
+    assert nested(tokens, layers, decay=rho, interval=interval, schedule=schedule, least=least) == tuple(expected)
     assert (min(expected) >= least) or not least
 
 

@@ -48,6 +48,7 @@ def turned(x, index):
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
 
+# In bfloat16 keys are stored rounded after their rotation, to 2**-9 of their size each.
 @pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 2e-5), (jnp.bfloat16, 3e-2)], ids=["f32", "bf16"])
 @pytest.mark.parametrize("prompt", [60, 10], ids="prompt={}".format)
 def test_both_ways_to_count_positions_in_the_cache_agree_at_every_step(prompt, dtype, atol):
