@@ -106,9 +106,12 @@ def decoded_arrays(text: str, shapes: Any) -> list[str]:
 
 def _gpu_figures(lowered: Any, dump: str) -> dict[str, int]:
     """The worst of a program's kernels, Triton's from the program and Mosaic's from the folder they are dumped to."""
-    from benchmarks.aot.ptx import kernel_figures
+    from benchmarks.aot.ptx import dynamic_shared_bytes, kernel_figures
 
-    kernels = [*kernel_figures(lowered).values(), *kernel_figures(dump).values()]
+    mosaic, dynamic = kernel_figures(dump), dynamic_shared_bytes(lowered)
+    for kernel in mosaic.values():
+        kernel["shared_bytes"] += dynamic  # which kernel has most is not told: the worst of both
+    kernels = [*kernel_figures(lowered).values(), *mosaic.values()]
     if not kernels:
         return {}
     return {name: max(kernel[name] for kernel in kernels) for name in ("registers", "spills", "shared_bytes")}
