@@ -17,11 +17,13 @@ import jax.numpy as jnp
 
 from benchmarks.aot.programs import Program, programs
 from benchmarks.aot.targets import DEVICES, compiling
+from pallas_kernels.dispatch import Unsupported
 
 
-def main(device_name: str, group: str, layers: str, *names: str) -> None:
-    """Compile programs of a group by name, models with that many layers."""
-    for program in programs(DEVICES[device_name], int(layers)):
+def main(device_name: str, group: str, what: str, *names: str) -> None:
+    """Compile programs of a group by name; `what` is "cases", or how many layers models have."""
+    layers, cases = (0, True) if what == "cases" else (int(what), False)
+    for program in programs(DEVICES[device_name], layers, cases=cases):
         if program.group == group and program.name in names:
             print("aot:" + json.dumps(record(device_name, program)), flush=True)
 
@@ -43,6 +45,8 @@ def record(device_name: str, program: Program) -> dict[str, Any]:
             lowering = time.perf_counter() - start
             compiled = lowered.compile()
             figures = _gpu_figures(lowered, dump) if device_name == "h200" else {}
+    except Unsupported as reason:
+        return {**found, "refused": str(reason)}
     except Exception as error:
         return {**found, "error": f"{type(error).__name__}: {error}"[:2000]}
     text, memory = compiled.as_text(), compiled.memory_analysis()
