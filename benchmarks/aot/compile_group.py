@@ -90,8 +90,8 @@ def vmem(text: str) -> dict[str, int]:
 def decoded_arrays(text: str, shapes: Any) -> list[str]:
     """Float arrays of a compiled program that could be a decoded cache: as many values as an argument has codes.
 
-    What has an axis of a weight matrix is none. Temporary bytes do not tell: on TPU they count caches that are fetched
-    to VMEM ahead of their use, still packed.
+    What has an axis of a weight matrix is none, and a bitcast stores nothing. Temporary bytes do not tell: on TPU they
+    count caches that are fetched to VMEM ahead of their use, still packed.
     """
     codes = _codes(shapes)
     if not codes:
@@ -103,7 +103,7 @@ def decoded_arrays(text: str, shapes: Any) -> list[str]:
     found = set()
     for computation in re.split(r"\n(?=%|ENTRY)", text):
         if not computation.startswith("%fused_computation"):  # values inside a fusion are never stored
-            found |= set(re.findall(r"= ((?:f32|bf16|f16)\[[\d,]+\])", computation))
+            found |= set(re.findall(r"= ((?:f32|bf16|f16)\[[\d,]+\])(?!\S* bitcast\()", computation))
     dims = {x: list(map(int, x[x.index("[") + 1 : -1].split(","))) for x in found - given}
     return sorted(x for x, shape in dims.items() if math.prod(shape) >= fewest and not weights & set(shape))
 
