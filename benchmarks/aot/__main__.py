@@ -3,6 +3,11 @@
 A program fails if it does not compile, if it should hold a kernel of ours and holds none, if it stores an array that
 could be a decompressed cache, if its temporaries are large though it reads no codes, or if a GPU kernel spills or says
 nothing of it.
+
+    python -m benchmarks.aot --cases
+
+compiles the cases that interpreters run instead: there a backend may refuse a call, and temporaries may be as large as
+the tiny arguments.
 """
 
 import collections
@@ -24,6 +29,7 @@ from benchmarks.aot.programs import Program, programs
 from benchmarks.aot.targets import DEVICES
 from experiments.cli import environment, run
 
+FAST = "^(quantized_decode|quantize_pack|hadamard|gather_decode|low_rank_decode|prefill) /"
 LARGEST_SHARE = 0.5  # of the arguments, for temporaries of a kernel: no copy of what it reads, no matrix of scores
 
 
@@ -38,8 +44,11 @@ class Config:
     layers: int = 2
     """Layers of the models whose decode steps are compiled, of 30 and 32 that are all alike; 0 = all, which takes
     minutes each."""
-    out: Path = Path("benchmarks/results/aot.json")
-    """Where the records go."""
+    cases: bool = False
+    """Compile the cases that interpreters run, instead of serving shapes and decode steps; without `only`, not those
+    of operations whose kernels take long to lower."""
+    out: Path | None = None
+    """Where the records go; by default aot.json, with `cases` aot_cases.json, in benchmarks/results."""
     timeout_s: int = 900
     """Seconds that one group may take."""
     workers: int = 2
@@ -67,10 +76,14 @@ def main(config: Config) -> None:
                 records += future.result()
                 progress.advance(task, len(found))
     for record in records:
-        record["failed"] = failure(record)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    meta = {**environment(), "layers": config.layers or "all"}
-    config.out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
+        record["failed"] = failure(record, tiny=config.cases)
+    out = config.out or Path("benchmarks/results", "aot_cases.json" if config.cases else "aot.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if config.cases:
+        out.write_text(compact(records))
+    else:
+        meta = {**environment(), "layers": config.layers or "all"}
+        out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
     _print(records)
     failed = [record for record in records if record["failed"]]
     if failed:
@@ -81,16 +94,19 @@ def main(config: Config) -> None:
         )
 
 
-def failure(record: dict[str, Any]) -> str:
-    """Why a program counts as failed; empty if it does not."""
+def failure(record: dict[str, Any], *, tiny: bool = False) -> str:
+    """Why a program counts as failed; empty if it does not. With `tiny` arguments, temporaries may be as large."""
     if "error" in record:
         return record["error"]
+    if "refused" in record:
+        return "" if tiny else f"refused: {record['refused']}"
     if record["expects_kernel"] and not record["kernels"]:
         return "no kernel of ours is in it."
     if record["decoded"] and record["expects_kernel"]:
         return f"it stores {', '.join(record['decoded'])}, as large as a decompressed cache."
     if (
-        record["expects_kernel"]
+        not tiny
+        and record["expects_kernel"]
         and not record["reads_codes"]
         and record["temporary_bytes"] > LARGEST_SHARE * record["argument_bytes"]
     ):
@@ -102,10 +118,24 @@ def failure(record: dict[str, Any]) -> str:
     return ""
 
 
+def compact(records: list[dict[str, Any]]) -> str:
+    """JSON with a line for each case: what became of it, and figures."""
+    lines = []
+    for record in records:
+        operation, backend = record["group"].split(" / ")
+        outcome = f"failed: {record['failed']}" if record["failed"] else "compiled"
+        row = {"operation": operation, "case": record["name"], "device": record["device"], "backend": backend,
+               "outcome": f"refused: {record['refused']}" if "refused" in record else outcome}  # fmt: skip
+        figures = ("spills", "registers", "shared_bytes", "vmem_bytes", "temporary_bytes")
+        lines.append(json.dumps(row | {name: record[name] for name in figures if name in record}))
+    return f'{{"meta": {json.dumps(environment())},\n "records": [\n  {f",{chr(10)}  ".join(lines)}\n]}}\n'
+
+
 def _groups(device_name: str, config: Config) -> list[tuple[str, list[Program]]]:
     groups = collections.defaultdict(list)
-    for program in programs(DEVICES[device_name], config.layers):
-        if re.search(config.only, f"{program.group} / {program.name}"):
+    only = config.only or (FAST if config.cases else "")
+    for program in programs(DEVICES[device_name], config.layers, cases=config.cases):
+        if re.search(only, f"{program.group} / {program.name}"):
             groups[program.group].append(program)
     return list(groups.items())
 
@@ -125,7 +155,8 @@ def _compile(device_name: str, group: str, found: list[Program], config: Config)
 
 def _process(device_name: str, group: str, found: list[Program], config: Config) -> tuple[list[dict[str, Any]], str]:
     names = [program.name for program in found]
-    command = [sys.executable, "-m", "benchmarks.aot.compile_group", device_name, group, str(config.layers), *names]
+    what = "cases" if config.cases else str(config.layers)
+    command = [sys.executable, "-m", "benchmarks.aot.compile_group", device_name, group, what, *names]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nobody holds a device here
     try:
@@ -140,7 +171,7 @@ def _print(records: list[dict[str, Any]]) -> None:
     table = Table(title="compiled ahead of time")
     figures = {"registers": ("registers", 1), "spills": ("spills", 1), "shared kB": ("shared_bytes", 1024),
                "VMEM kB": ("vmem_bytes", 1024)}  # fmt: skip
-    for title in ("device", "group", "programs", "failed", "temporary / arguments", *figures):
+    for title in ("device", "group", "programs", "refused", "failed", "temporary / arguments", *figures):
         table.add_column(title, justify="left" if title in ("device", "group") else "right")
     groups = collections.defaultdict(list)
     for record in records:
@@ -151,11 +182,11 @@ def _print(records: list[dict[str, Any]]) -> None:
         return f"{max(values) / scale:.0f}" if values else ""
 
     for (device, group), found in groups.items():
-        compiled = [r for r in found if "error" not in r]
+        compiled = [r for r in found if "temporary_bytes" in r]
         share = max((r["temporary_bytes"] / r["argument_bytes"] for r in compiled), default=0.0)
-        failed = sum(bool(r["failed"]) for r in found)
+        refused, failed = sum("refused" in r for r in found), sum(bool(r["failed"]) for r in found)
         largest = (most(found, *figure) for figure in figures.values())
-        table.add_row(device, group, str(len(found)), str(failed), f"{share:.1%}", *largest)
+        table.add_row(device, group, str(len(found)), str(refused), str(failed), f"{share:.1%}", *largest)
     Console().print(table)
 
 

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 
 from benchmarks.aot.programs import Program, programs
 from benchmarks.aot.targets import DEVICES, compiling
+from pallas_kernels.dispatch import Unsupported
 
 
-def main(device_name: str, group: str, layers: str, *names: str) -> None:
-    """Compile programs of a group by name, models with that many layers."""
-    for program in programs(DEVICES[device_name], int(layers)):
+def main(device_name: str, group: str, what: str, *names: str) -> None:
+    """Compile programs of a group by name; `what` is "cases", or how many layers models have."""
+    layers, cases = (0, True) if what == "cases" else (int(what), False)
+    for program in programs(DEVICES[device_name], layers, cases=cases):
         if program.group == group and program.name in names:
             print("aot:" + json.dumps(record(device_name, program)), flush=True)
 
@@ -43,6 +45,8 @@ def record(device_name: str, program: Program) -> dict[str, Any]:
             lowering = time.perf_counter() - start
             compiled = lowered.compile()
             figures = _gpu_figures(lowered, dump) if device_name == "h200" else {}
+    except Unsupported as reason:
+        return {**found, "refused": str(reason)}
     except Exception as error:
         return {**found, "error": f"{type(error).__name__}: {error}"[:2000]}
     text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -86,8 +90,8 @@ def vmem(text: str) -> dict[str, int]:
 def decoded_arrays(text: str, shapes: Any) -> list[str]:
     """Float arrays of a compiled program that could be a decoded cache: as many values as an argument has codes.
 
-    What has an axis of a weight matrix is none. Temporary bytes do not tell: on TPU they count caches that are fetched
-    to VMEM ahead of their use, still packed.
+    What has an axis of a weight matrix is none, and a bitcast stores nothing. Temporary bytes do not tell: on TPU they
+    count caches that are fetched to VMEM ahead of their use, still packed.
     """
     codes = _codes(shapes)
     if not codes:
@@ -99,16 +103,19 @@ def decoded_arrays(text: str, shapes: Any) -> list[str]:
     found = set()
     for computation in re.split(r"\n(?=%|ENTRY)", text):
         if not computation.startswith("%fused_computation"):  # values inside a fusion are never stored
-            found |= set(re.findall(r"= ((?:f32|bf16|f16)\[[\d,]+\])", computation))
+            found |= set(re.findall(r"= ((?:f32|bf16|f16)\[[\d,]+\])(?!\S* bitcast\()", computation))
     dims = {x: list(map(int, x[x.index("[") + 1 : -1].split(","))) for x in found - given}
     return sorted(x for x, shape in dims.items() if math.prod(shape) >= fewest and not weights & set(shape))
 
 
 def _gpu_figures(lowered: Any, dump: str) -> dict[str, int]:
     """The worst of a program's kernels, Triton's from the program and Mosaic's from the folder they are dumped to."""
-    from benchmarks.aot.ptx import kernel_figures
+    from benchmarks.aot.ptx import dynamic_shared_bytes, kernel_figures
 
-    kernels = [*kernel_figures(lowered).values(), *kernel_figures(dump).values()]
+    mosaic, dynamic = kernel_figures(dump), dynamic_shared_bytes(lowered)
+    for kernel in mosaic.values():
+        kernel["shared_bytes"] += dynamic  # which kernel has most is not told: the worst of both
+    kernels = [*kernel_figures(lowered).values(), *mosaic.values()]
     if not kernels:
         return {}
     return {name: max(kernel[name] for kernel in kernels) for name in ("registers", "spills", "shared_bytes")}

@@ -1,4 +1,7 @@
-"""What is compiled: each operation's serving cases on each backend, and whole decode steps of two models."""
+"""What is compiled: each operation's serving cases on each backend, and whole decode steps of two models.
+
+Or, instead, the cases that interpreters run.
+"""
 
 import dataclasses
 import functools
@@ -61,25 +64,42 @@ class Program:
     kernels: bool = True
 
 
-def programs(device: Device, layers: int = 0) -> list[Program]:
-    """All that is compiled for a device; decode steps of models with that many of their layers, 0 = all."""
-    found = []
-    for operation in OPERATIONS:
-        if importlib.util.find_spec(f"pallas_kernels.{operation}.cases") is None:
-            continue
-        cases = importlib.import_module(f"pallas_kernels.{operation}.cases").SERVING
-        for backend in device.backends:
-            if importlib.util.find_spec(f"pallas_kernels.{operation}.{backend}") is not None:
-                group = f"{operation} / {backend}"
-                found += [
-                    Program(group, name, functools.partial(_call, operation, backend, case))
-                    for name, case in cases.items()
-                ]
-    for name, (config, batch, context) in STEPS.items():
-        for method in METHODS:
-            make = functools.partial(_step, cut(config, layers), method, batch, context)
-            found.append(Program(f"decode step / {name}", method, make, kernels=method != "full"))
-    return found
+def programs(device: Device, layers: int = 0, *, cases: bool = False) -> list[Program]:
+    """All that is compiled for a device.
+
+    Args:
+      device: Whose backends are compiled.
+      layers: Layers of the models whose decode steps are compiled; 0 = all.
+      cases: Compile the cases that every backend is checked with, and neither serving shapes nor decode steps.
+    """
+    table = "CASES" if cases else "SERVING"
+    found = [program for operation in OPERATIONS for program in _calls(operation, device, table)]
+    return found if cases else found + _steps(layers)
+
+
+def _calls(operation: str, device: Device, table: str) -> list[Program]:
+    if importlib.util.find_spec(f"pallas_kernels.{operation}.cases") is None:
+        return []
+    cases = getattr(importlib.import_module(f"pallas_kernels.{operation}.cases"), table)
+    return [
+        Program(f"{operation} / {backend}", name, functools.partial(_call, operation, backend, case))
+        for backend in device.backends
+        if importlib.util.find_spec(f"pallas_kernels.{operation}.{backend}") is not None
+        for name, case in cases.items()
+    ]
+
+
+def _steps(layers: int) -> list[Program]:
+    return [
+        Program(
+            f"decode step / {name}",
+            method,
+            functools.partial(_step, cut(config, layers), method, batch, context),
+            kernels=method != "full",
+        )
+        for name, (config, batch, context) in STEPS.items()
+        for method in METHODS
+    ]
 
 
 def _call(operation: str, backend: str, case: Any) -> tuple[Any, tuple]:

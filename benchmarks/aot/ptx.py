@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
+from jaxlib.mlir import ir
 
 _KERNEL, _KERNEL_CALL = 1, 1  # fields of jaxlib's protocol buffers of a Triton call
 _NAME, _SHARED, _PTX = 1, 3, 4  # fields of its kernel
@@ -38,7 +39,8 @@ def kernel_figures(source: jax.stages.Lowered | str | Path, *, target: str = "sm
       target: What `ptxas` compiles for.
 
     Returns:
-      Figures by kernel name, numbered from the second of a name on.
+      Figures by kernel name, numbered from the second of a name on. Of Mosaic's kernels `shared_bytes` is the static
+      part alone, usually one byte; `dynamic_shared_bytes` has the rest.
 
     Raises:
       RuntimeError: If `ptxas` refuses a kernel.
@@ -48,6 +50,14 @@ def kernel_figures(source: jax.stages.Lowered | str | Path, *, target: str = "sm
         number = sum(known.split("#")[0] == name for known in figures)
         figures[f"{name}#{number + 1}" if number else name] = _figures(ptx, dynamic, target)
     return figures
+
+
+def dynamic_shared_bytes(lowered: jax.stages.Lowered) -> int:
+    """Dynamic shared memory of the Mosaic GPU kernel of a lowered program that has most; 0 if it holds none.
+
+    PTX does not tell: it is an operand of the launch, which is part of the module that the custom call carries.
+    """
+    return max(_launches(lowered), default=0)
 
 
 @functools.lru_cache(maxsize=64)  # a model's layers have the same kernels
@@ -103,6 +113,17 @@ def _calls(lowered: jax.stages.Lowered) -> Iterator[tuple[str, str, int]]:
             call = dict(_fields(zlib.decompress(op.attributes["backend_config"].value_bytes)))
             kernel = dict(_fields(dict(_fields(call[_KERNEL_CALL]))[_KERNEL]))
             yield kernel[_NAME].decode().strip("_"), kernel[_PTX].decode(), kernel.get(_SHARED, 0)
+
+
+def _launches(lowered: jax.stages.Lowered) -> Iterator[int]:
+    """What every Mosaic GPU kernel is launched with, in bytes: a constant, the last operand of its launch."""
+    root = lowered.compiler_ir("stablehlo").operation
+    root.context.allow_unregistered_dialects = True  # of the modules' own, versioned operations
+    for op in _operations(root):
+        if op.name == "stablehlo.custom_call" and op.attributes["call_target_name"].value.startswith("mosaic_gpu"):
+            module = ir.Module.parse(op.attributes["mhlo.backend_config"]["module"].value_bytes, root.context)
+            (launch,) = (inner for inner in _operations(module.operation) if inner.name.endswith("gpu.launch"))
+            yield launch.operands[len(launch.operands) - 1].owner.attributes["value"].value
 
 
 def _operations(op: Any) -> Iterator[Any]:

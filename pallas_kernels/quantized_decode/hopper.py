@@ -140,6 +140,8 @@ def _streams(plan: _Plan, k: Quantized, v: Quantized, pos: jax.Array | None) -> 
         for kind, x in (("scale", enc.scale), ("zero", enc.zero_point)):
             if x is not None:
                 by_unit = (batch, heads, -1, UNIT * dim // fmt.group_size)
+                if _one_group(fmt):  # a row a piece: Mosaic loads no part of a single row
+                    x = x.reshape(batch, heads, -1, PIECE)
                 streams[f"{name}_{kind}"] = x if fmt.axis == "channel" else x.reshape(by_unit)
     if pos is not None:
         streams["pos"] = pos.reshape(*pos.shape[:2], -1, UNIT)
@@ -224,6 +226,8 @@ def _spec(plan: _Plan, name: str, ref: Any, b: Any, h: Any, first: Any) -> pl.Bl
     """Walk a stream's units, a tile at a step."""
     fmt = plan.k_format if name[0] == "k" else plan.v_format
     per_tile = TILE // fmt.group_size if "_" in name and fmt.axis == "channel" else UNITS
+    if "_" in name and _one_group(fmt):
+        per_tile = plan.pieces
     head = h // plan.row_blocks if name != "pos" or plan.pos_heads > 1 else 0
     rest = ref.shape[3:]
     return pl.BlockSpec((None, None, per_tile, *rest), lambda i: (b, head, first + i, *(0 for _ in rest)))
@@ -252,6 +256,11 @@ def _piece(ref: Any, i: int) -> Any:
     return ref.at[..., i * PIECE : (i + 1) * PIECE]
 
 
+def _one_group(fmt: Format) -> bool:
+    """Whether a tile has one scale a channel."""
+    return fmt.axis == "channel" and fmt.group_size == TILE
+
+
 def _scales(plan: _Plan, tile: dict[str, Any], name: str, i: int = 0) -> list[jax.Array]:
     """Scale and zero point of codes less the middle, f32, in the registers of the codes that they belong to."""
     fmt, form = (plan.k_format, plan.keys) if name == "k" else (plan.v_format, plan.values)
@@ -259,7 +268,8 @@ def _scales(plan: _Plan, tile: dict[str, Any], name: str, i: int = 0) -> list[ja
 
     def load(ref):
         if fmt.axis == "channel":
-            x = plan.machine.load(_piece(ref, i), form.scales(ref.shape[0]).layout())
+            part = ref.at[i : i + 1] if _one_group(fmt) else _piece(ref, i)
+            x = plan.machine.load(part, form.scales(part.shape[0]).layout())
         else:
             x = plan.machine.load(ref, form.order.metadata(ref.shape[1] // UNIT).layout())
         return x.astype(jnp.float32)
