@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def _name(axes: Any, rows: list[dict[str, Any]], middle: float) -> None:
         below = any(_close(row, other) and y < _kl(other) for other in rows if other is not row)
         offset = (-7 if x > middle else 7, -14 if below else 6)
         side = "right" if x > middle else "left"
-        axes.annotate(row["method"], (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=9)
+        axes.annotate(_label(row), (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=9)
 
 
 def _number(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -156,9 +157,14 @@ def _number(axes: Any, rows: list[dict[str, Any]]) -> None:
     for number, row in enumerate(sorted(rows, key=_kl), 1):
         at = row["bits_per_value"], _kl(row)
         colour = colours(families.index(row["method"].split(":")[0]) % 20)
-        axes.scatter(*at, s=120, color=colour, alpha=0.75, zorder=2, label=f"{number}  {row['method']}")
+        axes.scatter(*at, s=120, color=colour, alpha=0.75, zorder=2, label=f"{number}  {_label(row)}")
         axes.annotate(str(number), at, ha="center", va="center", fontsize=7, zorder=3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+
+
+def _label(row: dict[str, Any]) -> str:
+    """The method, with the names of its files but not their folders, which would not fit."""
+    return re.sub(r"=[^,+=]*/", "=", row["method"])
 
 
 def _close(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -120,6 +120,7 @@ def test_a_row_that_saves_nothing_says_so(model_folder, text_file, tmp_path, cap
     assert "no bytes saved" in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_row_calibrated_on_scored_tokens_says_so(model_folder, text_file, tmp_path):
     """The windows are of tokens 0 to 95 and 500 to 595."""
     layout, options = models.load(model_folder).layout, {"num_sinks": 4, "recent": 16}
