@@ -10,11 +10,11 @@ import pytest
 
 import kvcomp_jax as kvc
 from kvcomp_jax.codecs import AcrossHeads, Bounded, Entropy
-from kvcomp_jax.tiers import attend_by_blocks, attend_tier
 from kvcomp_jax.types import Constant
 from pallas_kernels.entropy_decode import streams
 from pallas_kernels.entropy_decode.rows import codes_of
 from tests.laws.parts import HEAD_DIM, decode_many, make, normal, prefill, qkv
+from tests.methods.fused import assert_read_is_fused
 
 # Op by op, each operation would compile alone.
 encode = jax.jit(lambda codec, x, pos=None: codec.encode(x, pos))
@@ -148,17 +148,7 @@ def test_fused_products_equal_decode_then_multiply(axis, num_queries):
     ],
 )
 def test_a_decode_step_reads_codes_through_the_fused_operation(text):
-    q, k, v = qkv(20, 2, 136, heads=(6, 2))
-    cache = make(text, batch=2, num_kv_heads=2, max_len=160)
-    _, cache = prefill(cache, q[:, :100], k[:, :100], v[:, :100], jnp.array([100, 70]))
-    (rung,) = kvc.kernels_in_use(cache, num_heads=6)
-    assert rung.operation == "entropy_decode"
-    _, cache = decode_many(cache, q[:, 100:135], k[:, 100:135], v[:, 100:135])
-    assert len(set(np.asarray(cache.tiers[0].entered).tolist())) == 2  # rows of different lengths
-    queries = kvc.read.make_queries(cache, q[:, 135:], None, None, None)
-    fused, plain = (f(queries, cache.tiers[0], 0) for f in (attend_tier, attend_by_blocks))
-    chex.assert_trees_all_close(kvc.finalize(fused), kvc.finalize(plain), atol=1e-5)
-    chex.assert_trees_all_close(kvc.lse(fused), kvc.lse(plain), atol=1e-5)
+    assert_read_is_fused(text, "entropy_decode")
 
 
 def grown(text, lengths, steps=64):

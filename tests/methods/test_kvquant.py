@@ -11,7 +11,6 @@ import kvcomp_jax as kvc
 from kvcomp_jax.calibrate import About, Activations, load, nearest_levels, restore_moments, save
 from kvcomp_jax.codecs import AcrossHeads, Codebook, Outliers, PerChannel, PreRope
 from kvcomp_jax.methods.kvquant import calibrate, per_side
-from kvcomp_jax.tiers import attend_by_blocks, attend_tier
 from kvcomp_jax.types import Constant
 from pallas_kernels.packing import unpack
 from tests.laws.parts import (
@@ -28,6 +27,7 @@ from tests.laws.parts import (
     prefill,
     qkv,
 )
+from tests.methods.fused import assert_read_is_fused
 
 HEADS, CHANNELS = 2, 2 * HEAD_DIM
 LAYOUT = kvc.Layout(num_layers=1, num_kv_heads=HEADS, head_dim=HEAD_DIM, ropes=(ROPE,), calibrations=str(CALIBRATIONS))
@@ -340,21 +340,9 @@ def test_impossible_codecs_are_refused(make_codec, words):
 
 @pytest.mark.parametrize("text", [KVQUANT_3, KVQUANT_2])
 def test_a_decode_step_reads_codes_through_the_fused_operation(text):
-    q, k, v = qkv(20, 2, 136, heads=(6, 2))
-    cache = make(text, batch=2, num_kv_heads=2, max_len=160)
-    _, cache = prefill(cache, q[:, :100], k[:, :100], v[:, :100], jnp.array([100, 70]))
-    (rung,) = kvc.kernels_in_use(cache, num_heads=6)
-    assert rung.operation == "codebook_decode"
+    rung, cache = assert_read_is_fused(text, "codebook_decode")
     assert rung.codecs[0].startswith("PreRope(PerChannel(")
-    _, cache = decode_many(cache, q[:, 100:135], k[:, 100:135], v[:, 100:135])
     np.testing.assert_array_equal(cache.tiers[0].entered % 32, 0)
-    assert len(set(np.asarray(cache.tiers[0].entered).tolist())) == 2  # rows of different lengths
-    queries = kvc.read.make_queries(cache, q[:, 135:], None, None, None)
-    sinks = cache.spec.policy.num_sinks
-    fused = attend_tier(queries, cache.tiers[0], sinks)
-    plain = attend_by_blocks(queries, cache.tiers[0], sinks)
-    chex.assert_trees_all_close(kvc.finalize(fused), kvc.finalize(plain), atol=1e-5)
-    chex.assert_trees_all_close(kvc.lse(fused), kvc.lse(plain), atol=1e-5)
 
 
 def test_wrappers_in_another_order_than_the_operations_are_read_without_it():
