@@ -9,6 +9,7 @@ import gc
 import importlib.metadata
 import os
 from pathlib import Path
+from zlib import crc32
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
@@ -18,6 +19,7 @@ from hypothesis import settings
 
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(100_000, 20, 100)  # tracing makes many objects, few of them garbage in cycles
 settings.register_profile("few", max_examples=3, deadline=None, derandomize=True, database=None)
 settings.load_profile("few")
 
@@ -33,10 +35,11 @@ def pytest_configure(config):
     """Compiling small programs is most of the tests' time."""
     if config.getoption("quick"):
         os.environ["KVCOMP_WITHOUT"] = "cpu"
-        flags = ["--xla_backend_optimization_level=0"]
+        flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
         if importlib.metadata.version("jaxlib") < "0.11":  # later ones do not know this flag, and end
             flags.append("--xla_cpu_use_fusion_emitters=false")
         os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *flags])
+        jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -45,7 +48,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         part = params.get("text", params.get("codec")) if item.path.parent.name == "laws" else None
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if part is None else repr(part)))
+        group = item.path.stem if part is None else f"{crc32(repr(part).encode()):x}"  # xdist takes no brackets
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
