@@ -160,5 +160,5 @@ class Entropy(Budgeted):
 def _bell_lengths(levels: tuple[int, ...], num_levels: int, max_bits: int) -> np.ndarray:
     """Lengths u8[len(levels), num_levels] for bells of so many levels; a constant to programs, not a part of them."""
     with jax.ensure_compile_time_eval():
-        weights = [jnp.zeros(num_levels, jnp.int32).at[:n].set(bell(n)) for n in levels]
-        return np.asarray(code_lengths(jnp.stack(weights), max_bits))
+        lengths = jax.jit(lambda n: code_lengths(bell(n, num_levels), max_bits))
+        return np.asarray(lengths(np.array(levels, np.int32)))

@@ -49,7 +49,8 @@ class IntegerCodec(Codec):
         return self.code_bits() if budget is None else min(int(budget), self.code_bits())
 
 
-def bell(num_levels: int) -> jax.Array:
-    """Weights i32[num_levels] of codes of normal rows whose range is eight standard deviations."""
-    at = (jnp.arange(num_levels) + 0.5) / num_levels - 0.5
-    return 1 + (1000 * jnp.exp(-0.5 * (8 * at) ** 2)).astype(jnp.int32)
+def bell(levels: jax.Array, num_symbols: int) -> jax.Array:
+    """Weights i32[n, num_symbols] of codes of normal rows whose range, of i32[n] levels, is eight deviations."""
+    symbol = jnp.arange(num_symbols)[None]
+    at = (symbol + 0.5) / levels[:, None] - 0.5
+    return jnp.where(symbol < levels[:, None], 1 + (1000 * jnp.exp(-0.5 * (8 * at) ** 2)).astype(jnp.int32), 0)

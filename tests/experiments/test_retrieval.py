@@ -17,7 +17,7 @@ from models import generate
 from tests.experiments import tiny
 
 TASKS_HERE = "needle;key_value_lines"
-METHODS = "full;int8:block_size=16;streaming_llm:budget=0.25"
+METHODS = "full;streaming_llm:budget=0.25"
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +114,12 @@ def test_every_method_is_asked_the_same(finished):
     results = tiny.read_results(finished)
     assert [row["method"] for row in results["rows"]] == METHODS.split(";")
     asked = [[(c["task"], c["length"], c["depth"]) for c in row["cases"]] for row in results["rows"]]
-    assert asked[0] == asked[1] == asked[2]
+    assert asked[0] == asked[1]
     assert len(asked[0]) == 2 * 2 * 4
     assert results["meta"]["versions"].keys() >= {"python", "jax"}
     smaller = [float(row[1]) for row in cells(results)[1]]
     assert smaller[0] == 1.0
-    assert smaller[1] > 2
-    assert 3 < smaller[2] < 4.1
+    assert 3 < smaller[1] < 4.1
     assert silent(results) == TASKS_HERE.split(";")  # random weights know nothing
 
 

@@ -9,7 +9,7 @@ import tokenizers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models" / "llama"
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,;:!?'\n0123456789-"
-METHODS = "full;int8:block_size=16;kivi:bits=2,group_size=16,residual=32;streaming_llm:budget=40;h2o:budget=40"
+METHODS = "full;int8:block_size=16;kivi:bits=2,group_size=16,residual=32;streaming_llm:budget=40"
 
 
 def write_model(folder: Path) -> Path:

@@ -54,4 +54,4 @@ def test_debugging_finds_it_in_a_prompt():
     prefill = checkify.checkify(jax.jit(kvc.prefill))
     checkify.check_error(prefill(cache, q, k, v)[0])
     with pytest.raises(checkify.JaxRuntimeError, match="not finite"):
-        checkify.check_error(prefill(cache, q, k.at[0, 3, 1, 7].set(jnp.nan), v)[0])
+        checkify.check_error(prefill(cache, q, jnp.asarray(k).at[0, 3, 1, 7].set(jnp.nan), v)[0])

@@ -255,16 +255,19 @@ def contracted(codec, q, p, enc, pos):
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))  # by numpy: nothing compiles
+    return jax.device_put(_drawn(seed, shape, dtype))  # unlike jnp.asarray, it compiles nothing
 
 
 def qkv(seed: int, batch: int, tokens: int, heads=(4, 2), head_dim: int = HEAD_DIM, dtype=jnp.float32):
-    """q [B, T, H, D], k, v [B, T, K, D]."""
-    return (
-        normal(seed, batch, tokens, heads[0], head_dim, dtype=dtype),
-        normal(seed + 1, batch, tokens, heads[1], head_dim, dtype=dtype),
-        normal(seed + 2, batch, tokens, heads[1], head_dim, dtype=dtype),
+    """q [B, T, H, D], k, v [B, T, K, D]: arrays of NumPy's, of which slices compile nothing."""
+    return tuple(
+        _drawn(seed + i, (batch, tokens, num_heads, head_dim), dtype)
+        for i, num_heads in enumerate((heads[0], heads[1], heads[1]))
     )
+
+
+def _drawn(seed, shape, dtype):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
 def make(

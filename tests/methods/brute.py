@@ -1,5 +1,6 @@
 """Attention by the definition, in numpy and float64, and where a cache's tokens stand."""
 
+import jax
 import numpy as np
 
 from kvcomp_jax.cache import sink_pos, window_pos
@@ -29,20 +30,28 @@ def output(probs, v):
 
 def held(cache, row=0):
     """The sets of text positions that each KV head of a row holds."""
+    every = [part[row] for part in positions(cache)]
+    by_head = [np.concatenate([part[h] for part in every]) for h in range(cache.window.k.shape[1])]
+    assert all(len(set(p[p >= 0])) == (p >= 0).sum() for p in by_head)  # no token twice
+    return [set(p[p >= 0].tolist()) for p in by_head]
+
+
+def positions(cache):
+    """Positions [B, K, S] that each KV head sees in the window, among the sinks, and on every rung."""
     heads = cache.window.k.shape[1]
-    tiers = (tier_positions(t, cache.spec.policy.num_sinks, heads) for t in cache.tiers)
-    every = [
-        np.broadcast_to(part, (part.shape[0], heads, part.shape[-1]))[row]
-        for part in (window_pos(cache), sink_pos(cache), *tiers)
-    ]
-    positions = [np.concatenate([part[h] for part in every]) for h in range(heads)]
-    assert all(len(set(p[p >= 0])) == (p >= 0).sum() for p in positions)  # no token twice
-    return [set(p[p >= 0].tolist()) for p in positions]
+    window, sinks, *tiers = map(np.asarray, _positions(cache))
+    parts = (window, sinks, *(_of_head(tier, pos, heads) for tier, pos in zip(cache.tiers, tiers, strict=True)))
+    return [np.broadcast_to(part, (len(part), heads, part.shape[-1])) for part in parts]
 
 
-def tier_positions(tier, num_sinks, heads):
-    """Positions [B, K or 1, S] that each KV head sees on a rung, also where heads share slots or some have none."""
-    pos = np.asarray(tier_pos(tier, num_sinks))
+@jax.jit
+def _positions(cache):
+    num_sinks = cache.spec.policy.num_sinks
+    return window_pos(cache), sink_pos(cache), *(tier_pos(tier, num_sinks) for tier in cache.tiers)
+
+
+def _of_head(tier, pos, heads):
+    """Positions [B, K or 1, S] of a rung, also where heads share slots or some have none."""
     if tier.head is not None:
         return np.where(np.asarray(tier.head) == np.arange(heads)[None, :, None], pos, -1)
     if tier.heads is None:

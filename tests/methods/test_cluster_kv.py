@@ -306,7 +306,7 @@ def test_what_is_wanted_again_does_not_move():
     np.testing.assert_array_equal(b.resident.recalled, 40 - SINKS)
     np.testing.assert_array_equal(b.resident.wanted, 2 * (40 - SINKS))
     jax.tree.map(np.testing.assert_array_equal, (a.resident.page, a.pool), (b.resident.page, b.pool))
-    other = q[:, PROMPT + 1 :].at[:, :, :3].set(step[0][:, :, :3])  # one query head turns
+    other = jnp.asarray(q[:, PROMPT + 1 :]).at[:, :, :3].set(step[0][:, :, :3])  # one query head turns
     _, third = decode(second, other, *step[1:])
     change = np.asarray(third.tiers[0].lookup.resident.recalled - b.resident.recalled)[0]
     old, new = (selected(second, k, np.asarray(x[0, 0], np.float64), 40 - SINKS)[3] for x in (step[0], other))

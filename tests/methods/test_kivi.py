@@ -170,7 +170,7 @@ def test_residual_lengths_after_a_prompt_and_while_decoding(length):
 def test_outliers_stay_where_they_are():
     k_codec = Affine(bits=2, axis="channel", group_size=32)
     v_codec = Affine(bits=2, axis="token", group_size=32)
-    x = qkv(3, 1, 64)[0][:, :, 0]
+    x = jnp.asarray(qkv(3, 1, 64)[0][:, :, 0])
     for codec, spoiled, other in (
         (k_codec, x.at[..., 5].mul(100), np.delete(np.arange(HEAD_DIM), 5)),
         (v_codec, x.at[:, 5].mul(100), np.delete(np.arange(64), 5)),

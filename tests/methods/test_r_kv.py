@@ -107,7 +107,7 @@ def test_copies_go_and_the_newest_of_them_stays():
     """Twenty tokens with one key among others that are all different: of the twenty only the last survives."""
     q, k, v = qkv(5, 1, 60)
     copies = np.arange(4, 44, 2)
-    k = k.at[:, copies].set(k[:, 4:5] * 3)
+    k = jnp.asarray(k).at[:, copies].set(k[:, 4:5] * 3)
     text = TEXT.replace("budget=30", "budget=41").replace("threshold=0.2", "threshold=0.5")
     cache = make(text, batch=1, num_kv_heads=2, max_len=80, prompt_lens=[60])
     _, cache = prefill(cache, q * 0, k, v)

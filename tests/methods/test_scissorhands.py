@@ -139,7 +139,7 @@ def test_heads_decide_alone():
     kept = []
     for scale in (1.0, -2.0):
         cache = make(TEXT, batch=1, num_kv_heads=2, max_len=80, prompt_lens=[60])
-        _, cache = prefill(cache, q, k.at[:, :, 0].multiply(scale), v)
+        _, cache = prefill(cache, q, jnp.asarray(k).at[:, :, 0].multiply(scale), v)
         kept.append(held(cache))
     assert kept[0][1] == kept[1][1]
     assert kept[0][0] != kept[1][0]
