@@ -73,10 +73,8 @@ def exact(q, k, v, window=None):
 
 def assert_no_duplicates(cache):
     window, sinks, *tiers = positions(cache)
-    known = (
-        pos for tier, pos in zip(cache.tiers, tiers, strict=True) if tier.pos is not None or not cache.spec.divided
-    )
-    every = np.concatenate([window, sinks, *known], -1)
+    known = [tier.pos is not None or not cache.spec.divided for tier in cache.tiers]
+    every = np.concatenate([window, sinks, *itertools.compress(tiers, known)], -1)
     for row in every.reshape(-1, every.shape[-1]):
         live = row[row >= 0]
         assert len(live) == len(set(live.tolist()))
