@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.formats import Format
 
 LANES = 128
@@ -34,6 +35,12 @@ def block_step(dim: int, fmt: Format | None) -> int:
     along_lanes = tokens_along_lanes(dim)
     words = LANES * 32 // math.gcd(fmt.bits, 32) if along_lanes and fmt.bits < 8 else 2 * LANES
     return math.lcm(words, fmt.group_size * (LANES if along_lanes else 16) if fmt.axis == "channel" else 1)
+
+
+def no_halves(*exact: jax.Array) -> None:
+    """Raise Unsupported for exact rows in float16: metadata come as bits, rows would go to the matrix unit."""
+    if any(x.dtype == jnp.float16 for x in exact):
+        raise Unsupported("Mosaic has no float16 vectors; rows in bfloat16 or float32 are read.")
 
 
 def repeat_lanes(x: jax.Array, width: int) -> jax.Array:
