@@ -37,7 +37,7 @@ def block_step(dim: int, fmt: Format | None) -> int:
     return math.lcm(words, fmt.group_size * (LANES if along_lanes else 16) if fmt.axis == "channel" else 1)
 
 
-def no_halves(*exact: jax.Array) -> None:
+def refuse_float16(*exact: jax.Array) -> None:
     """Raise Unsupported for exact rows in float16: metadata come as bits, rows would go to the matrix unit."""
     if any(x.dtype == jnp.float16 for x in exact):
         raise Unsupported("Mosaic has no float16 vectors; rows in bfloat16 or float32 are read.")

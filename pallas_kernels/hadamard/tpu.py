@@ -16,14 +16,14 @@ from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.hadamard.block_sizes import TPU_ROWS
 from pallas_kernels.hadamard.matrix import hadamard_matrix
 from pallas_kernels.quantize_pack import tpu as quantize_tpu
-from pallas_kernels.tpu_rows import no_halves
+from pallas_kernels.tpu_rows import refuse_float16
 
 _LANES = 128
 
 
 def hadamard(x: jax.Array, *, interpret: bool = False) -> jax.Array:
     """See `api.hadamard`."""
-    no_halves(x)
+    refuse_float16(x)
     dim = x.shape[-1]
     columns = dim % _LANES != 0 and x.ndim > 1
     rows = x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2) if columns else x.reshape(1, -1, dim)  # [b, D, S] or [1, N, D]

@@ -8,7 +8,7 @@ from pallas_kernels.low_rank_decode.block_sizes import tpu_block
 from pallas_kernels.quantized_decode.block_sizes import tpu_sizes
 from pallas_kernels.quantized_decode.tpu_side import Side
 from pallas_kernels.tpu_dense import Dense
-from pallas_kernels.tpu_rows import no_halves
+from pallas_kernels.tpu_rows import refuse_float16
 
 
 def low_rank_decode(
@@ -28,7 +28,7 @@ def low_rank_decode(
     """See `api.low_rank_decode`."""
     num_slots, dims = rows.num_slots(k, k_format), (rows.dim(k), rows.dim(v))
     dense = [x for x in (k, v) if not isinstance(x, Quantized)]
-    no_halves(*dense)
+    refuse_float16(*dense)
     sides = (dims[0], k_format), (dims[1], v_format)
     block, tile = tpu_sizes(num_slots, *sides, most=tpu_block(*dense))
     keys, values = (Dense(dim, block, tile) if fmt is None else Side(fmt, dim, block, tile) for dim, fmt in sides)

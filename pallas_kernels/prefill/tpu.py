@@ -17,12 +17,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.prefill.block_sizes import TPU_KEY_BLOCK, TPU_ROWS
 from pallas_kernels.prefill.reach import query_blocks
 from pallas_kernels.prefill.reference import MASK_VALUE, capped, in_two_passes
-from pallas_kernels.tpu_rows import LANES, SUBLANES, no_halves, tokens_along_lanes
+from pallas_kernels.tpu_rows import LANES, SUBLANES, refuse_float16, tokens_along_lanes
 
 
 def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None, interpret=False):
     """See `api.prefill`."""
-    no_halves(k, v)
+    refuse_float16(k, v)
     batch, heads, groups, num_queries, head_dim = q.shape
     block_q, block_k = _blocks(groups, num_queries, k.shape[2])
     q = _padded(q.astype(k.dtype), block_q)
@@ -58,7 +58,7 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None, interpret=Fal
 
 def probe_mass(q, k, lse, at, *, soft_cap=None, sliding_window=None, interpret=False):
     """See `api.probe_mass`."""
-    no_halves(k)
+    refuse_float16(k)
     batch, heads, groups, num_queries, head_dim = q.shape
     num_slots = k.shape[2]
     block_q, block_k = _blocks(groups, num_queries, num_slots)

@@ -24,7 +24,7 @@ from pallas_kernels.tpu_rows import (
     half_of_float,
     lane_slices,
     metadata_out,
-    no_halves,
+    refuse_float16,
     store_words,
     tokens_along_lanes,
 )
@@ -39,7 +39,7 @@ def quantize_pack(x: jax.Array, fmt: Format, *, interpret: bool = False, first: 
     matrix that every block sees, and that matrix.
     """
     *b, num_slots, dim = x.shape
-    no_halves(x)
+    refuse_float16(x)
     if fmt.group_size % SUBLANES:
         raise Unsupported(f"quantize_pack/tpu needs group_size % {SUBLANES} == 0, got {fmt.group_size}.")
     turned, step = tokens_along_lanes(dim), block_step(dim, fmt)

@@ -80,7 +80,7 @@ def test_bytes_and_bits_are_those_of_the_cache(finished):
 
 
 def test_streaming_is_another_measurement_and_a_row_that_saves_nothing_says_so(
-    finished, model_folder, text_file, tmp_path, capsys
+    finished, model_folder, text_file, tmp_path
 ):
     methods = "streaming_llm:budget=40;streaming_llm:budget=96"
     assert run(compare.Config, compare.main, [*arguments(model_folder, text_file, tmp_path, methods), "--stream"]) == 0
