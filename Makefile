@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TEXT := data/kjv.jsonl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Python compiles the few modules that are imported when they are.
+export PIP_NO_COMPILE := 1
 
 .PHONY: demo test test-slow test-short lint aot test-kernels assets env clean
 

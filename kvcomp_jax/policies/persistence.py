@@ -1,13 +1,15 @@
 """Tokens that stay important: seldom below average in the recent past."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kvcomp_jax.policies.base import Policy, Prompt, Stat, Step
+from kvcomp_jax.policies.base import Policy, Probes, Prompt, Stat, Step
 from kvcomp_jax.types import pytree, static
 
-_BLOCK = 16  # probes of a prompt looked at together
+_WORD = 32  # queries a word
 _OCTAVES = 40  # below 2^-40 of a query's attention, tokens are alike
 
 
@@ -45,34 +47,43 @@ class Persistence(Policy):
 
     def new_stat(self, slots: tuple[int, int, int]) -> History:
         """Nothing recorded."""
-        return History(low=jnp.zeros((*slots, -(-self.history // 32)), jnp.uint32), mean=jnp.zeros(slots))
+        return History(low=jnp.zeros((*slots, -(-self.history // _WORD)), jnp.uint32), mean=jnp.zeros(slots))
 
     def num_probes(self, capacity: int) -> int:
         """The history."""
         return min(self.history, capacity)
 
     def from_prompt(self, stat: Stat | None, prompt: Prompt) -> History:
-        """Record the probes, some at a time."""
+        """Record the probes, a word of the history at a time."""
         del stat
-        place = jnp.arange(prompt.k.shape[2], dtype=jnp.int32)[None, None]
-        num_probes = prompt.kept.at.shape[1]
-        size = min(_BLOCK, num_probes)
+        prompt = dataclasses.replace(prompt, watched=self._by_column(prompt.kept, prompt.start))
+        place = jnp.arange(prompt.k.shape[2], dtype=jnp.int32)[None, None, :, None]
 
-        def record(i: jax.Array, sofar: tuple[History, jax.Array]) -> tuple[History, jax.Array]:
-            first = jnp.minimum(i * size, num_probes - size)
-            probs, at = prompt.probs(first, size)
-            at = jnp.where(first + jnp.arange(size)[None] >= i * size, at, -1)  # the last block may reach back
+        def record(mean: tuple[jax.Array, jax.Array], word: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+            probs, at = prompt.probs(word * _WORD, _WORD)
             seen = at + 1 if prompt.sliding_window is None else jnp.minimum(at + 1, prompt.sliding_window)
-            pos = jnp.where(at >= 0, at + prompt.start[:, None], -1)
-            before, count = sofar
-            sees = (at[:, None, :, None] >= place[:, :, None]) & (at >= 0)[:, None, :, None]  # [B, 1, n, S]
-            alpha = jnp.where(sees, probs.mean(2), 0.0)
-            low = self._record(before.low, sees & (alpha * seen[:, None, :, None] < 1), pos)
-            return History(low=low, mean=before.mean + alpha.sum(2)), count + sees.sum(2)
+            query = at[:, None, None]
+            sees = (query >= place) & (query >= 0)  # [B, 1, S, 32]
+            alpha = probs.mean(3)
+            low = sees & (alpha * seen[:, None, None] < 1)
+            total, count = mean
+            word = _any_of(jnp.where(low, _bit(jnp.arange(_WORD))[None, None, None], 0), 3)
+            return (total + alpha.sum(3), count + sees.sum(3)), word
 
-        start = (self.new_stat(prompt.k.shape[:3]), jnp.zeros((prompt.k.shape[0], 1, prompt.k.shape[2]), jnp.int32))
-        total, count = lax.fori_loop(0, -(-num_probes // size), record, start)
-        return History(low=total.low, mean=total.mean / jnp.maximum(count, 1))
+        batch, heads, slots, _ = prompt.k.shape
+        start = jnp.zeros((batch, heads, slots)), jnp.zeros((batch, 1, slots), jnp.int32)
+        (total, count), words = lax.scan(record, start, jnp.arange(-(-self.history // _WORD)))
+        return History(low=jnp.moveaxis(words, 0, -1), mean=total / jnp.maximum(count, 1))
+
+    def _by_column(self, probes: Probes, start: jax.Array) -> Probes:
+        """One probe for each bit of the words, or none, by the text position of its query."""
+        wanted = jnp.arange(-(-self.history // _WORD) * _WORD)[None, :, None]  # bits past `history` are of no query
+        column = jnp.where(probes.at >= 0, (probes.at + start[:, None]) % self.history, -1)
+        mine = column[:, None] == wanted  # [B, columns, N]
+        which = mine.argmax(-1)
+        q, lse = jax.vmap(lambda q, lse, i: (q[:, :, i], lse[:, :, i]))(probes.q, probes.lse, which)
+        at = jnp.where(mine.any(-1), jnp.take_along_axis(probes.at, which, 1), -1)
+        return Probes(q=q, lse=lse, at=at)
 
     def fold(self, stat: Stat, probs: jax.Array, pos: jax.Array, step: Step) -> History:
         """Record the queries of a step in place of those `history` before them."""
@@ -97,8 +108,18 @@ class Persistence(Policy):
     def _record(self, words: jax.Array, low: jax.Array, pos: jax.Array) -> jax.Array:
         """Overwrite the bits of queries at pos i32[B, n], -1 = none, with low bool[B, K, n, S]."""
         column = pos % self.history
-        here = (column // 32)[..., None] == jnp.arange(words.shape[-1])[None, None]  # [B, n, words]
-        bit = jnp.where(here & (pos >= 0)[..., None], jnp.uint32(1) << (column % 32).astype(jnp.uint32)[..., None], 0)
-        mine = lax.reduce(bit, jnp.uint32(0), lax.bitwise_or, (1,))[:, None, None]
+        here = (column // _WORD)[..., None] == jnp.arange(words.shape[-1])[None, None]  # [B, n, words]
+        bit = jnp.where(here & (pos >= 0)[..., None], _bit(column)[..., None], 0)
+        mine = _any_of(bit, 1)[:, None, None]
         each = jnp.where(low[..., None], bit[:, None, :, None], 0)  # [B, K, n, S, words]
-        return (words & ~mine) | lax.reduce(each, jnp.uint32(0), lax.bitwise_or, (2,))
+        return (words & ~mine) | _any_of(each, 2)
+
+
+def _bit(column: jax.Array) -> jax.Array:
+    """The bit of a query in its word, u32."""
+    return jnp.uint32(1) << (column % _WORD).astype(jnp.uint32)
+
+
+def _any_of(words: jax.Array, axis: int) -> jax.Array:
+    """Bits that are set in any of `words` u32 along `axis`."""
+    return lax.reduce(words, jnp.uint32(0), lax.bitwise_or, (axis,))

@@ -68,5 +68,5 @@ SERVING = {
     f"{axis}-{bits}-bits-head_dim-{d}": Case(_format(bits, axis), (8, 8 if d == 128 else 3, 32768, d), "bfloat16")
     for axis in ("token", "channel")
     for bits in (2, 3, 4, 8)
-    for d in (64, 128)
+    for d in ((64, 128) if bits == 4 else (128,))
 }

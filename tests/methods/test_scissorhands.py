@@ -50,19 +50,21 @@ def test_a_long_prompt_leaves_room_at_once():
     assert [len(head) for head in before] == [BUDGET - DROP] * 2
 
 
-def test_counts_equal_a_recount_of_the_last_rows():
+@pytest.mark.parametrize("history", [HISTORY, 40], ids="history={}".format)  # a word of bits, and more
+def test_counts_equal_a_recount_of_the_last_rows(history):
     """From attention over what each step really saw; the prompt's last queries saw everything before them."""
     prompt, steps = 60, 50
+    text = TEXT.replace(f"history={HISTORY}", f"history={history}")
     q, k, _ = qkv(0, 1, prompt + steps)
     rows = np.zeros((prompt + steps, 2, prompt + steps), bool)  # low[t, head, token]
     probs = causal_probs(q[0, :prompt], k[0, :prompt]).mean(1)
     for t in range(prompt):
         rows[t, :, : t + 1] = probs[:, t, : t + 1] < 1 / (t + 1)
-    for t, _, before, appended, cache in run(prompt, steps):
+    for t, _, before, appended, cache in run(prompt, steps, text):
         keep = seen_by([head | {t} for head in before], prompt + steps)
         alpha = probs_where(q[0, t : t + 1], k[0], keep).mean(1)[:, 0]
         rows[t] = keep[:, 0] & (alpha < 1 / keep.sum(-1))
-        expected = rows[max(t + 1 - HISTORY, 0) : t + 1].sum(0)
+        expected = rows[max(t + 1 - history, 0) : t + 1].sum(0)
         tier = appended.tiers[0]
         for head in range(2):
             live = np.asarray(tier.pos[0, head]) >= 0
