@@ -1,25 +1,29 @@
 """What rotations make of a model in 4 bits: weights, activations and cache, one switch after the other.
 
 Rotates the model's weights, rounds them with and without GPTQ on the first half of a text, and scores windows of the
-second half. Perplexity, KL from the model as it was loaded, bytes of weights and cache.
+second half: perplexity, KL from the model as it was loaded, bytes of weights and cache. Writes results.json,
+four_bit_model.png and index.html; an interrupted run goes on where it stopped.
 """
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import kvcomp_jax as kvc
 import models
-from experiments.cli import run
+from experiments import four_bit_report
+from experiments.cli import provenance, run
 from experiments.protocol import cut_windows, judge, score_chunk
+from experiments.results import Results
 from experiments.texts import load_text
 from models.generate import prefill
 from models.programs import compiled
@@ -51,10 +55,12 @@ class Config:
     """Of each; the paper has 2048."""
     seed: int = 0
     """Of the signs of the rotation."""
+    out: Path = Path("runs/four_bit_model")
+    """Folder for the results."""
 
 
 def main(config: Config) -> None:
-    """Make the models one at a time, score each and print the table."""
+    """Make the models one at a time, score each and write the report."""
     console = Console()
     with console.status(f"loading {config.model}"):
         lm = models.load(config.model)
@@ -65,45 +71,90 @@ def main(config: Config) -> None:
     windows = cut_windows(second, context=config.context, score=config.score, windows=config.windows)
     size = config.calibration_tokens
     texts = cut_windows(first, context=size - 2, score=2, windows=config.calibration)
-    table = Table("model", "cache", "perplexity", "KL", "largest change", "weights MB", "bits/value")
-    reference: list[jax.Array] = []
-    for name, made, method in variants(config, lm, texts, console):
-        with console.status(f"scoring {name}, {method}"):
-            logits, held = score(made, method, windows, config.context)
-        reference = reference or logits
-        judged = [judge(r, x, w[config.context + 1 :]) for r, x, w in zip(reference, logits, windows, strict=True)]
-        perplexity, kl = np.exp(np.mean([s.nll for s in judged])), np.mean([s.kl for s in judged])
-        change = max(float(jnp.abs(r - x).max()) for r, x in zip(reference, logits, strict=True))
-        layout = made.config.layout
-        values = 2 * config.context * layout.num_layers * layout.num_kv_heads * layout.head_dim
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(made.params)) / 1e6
-        figures = f"{perplexity:.3f}", f"{kl:.4f}", f"{change:.1e}", f"{weights:.1f}", f"{8 * held.used / values:.2f}"
-        table.add_row(name, method, *figures)
-        console.print(f"{name}, {method}: perplexity {figures[0]}, KL {figures[1]}")
-    console.print(table)
+    results = Results(config.out / "results.json", provenance(config, "four_bit_model"))
+    todo = [variant for variant in variants(config, lm, texts, console) if results.row(variant.name) is None]
+    if todo:
+        with console.status("scoring the model as it was loaded"):
+            reference, _ = score(lm, EXACT, windows, config.context)
+    for variant in todo:
+        made = variant.make()
+        with console.status(f"scoring {variant.name}"):
+            row = compare(variant, made, reference, windows, config.context)
+        results.add(row)
+        console.print(f"{variant.name}: perplexity {row['perplexity']:.3f}, KL {row['kl']:.4f}")
+    four_bit_report.write(config.out)
+    four_bit_report.print_table(console, config.out)
 
 
-def variants(
-    config: Config, lm: models.LanguageModel, texts: np.ndarray, console: Console
-) -> Iterator[tuple[str, models.LanguageModel, str]]:
-    """Names, models and methods, the model as loaded first."""
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A model and a cache; `make` gives the model."""
+
+    model: str
+    cache: str
+    make: Callable[[], models.LanguageModel]
+
+    @property
+    def name(self) -> str:
+        """Of both."""
+        return f"{self.model}, {self.cache}"
+
+
+def variants(config: Config, lm: models.LanguageModel, texts: np.ndarray, console: Console) -> list[Variant]:
+    """What is scored, the model as loaded first; models are made when they are asked for, and the last is kept."""
     activations = models.IntegerFormat(activation_bits=config.bits, down_activation_bits=config.down_bits)
     weights = models.IntegerFormat(weight_bits=config.bits)
     both = dataclasses.replace(activations, weight_bits=config.bits)
     w, a = f"W{config.bits}", f"A{config.bits}"
-    yield "as loaded", lm, EXACT
-    yield "as loaded", lm, PLAIN_KV
-    yield f"{w}{a}", models.to_integers(lm, both), PLAIN_KV
-    with console.status("rotating"):
-        rotated = models.rotate(lm, seed=config.seed)
-    yield "rotated", rotated, EXACT
-    yield "rotated", rotated, ROTATED_KV
-    yield f"rotated {a}", models.to_integers(rotated, activations), EXACT
-    for kind, calibration in (("", None), (" GPTQ", texts)):
-        packed = _packed(rotated, weights, calibration, console)
-        yield f"rotated {w}{kind}", packed, EXACT
-        config_of_both = dataclasses.replace(packed.config, integers=both)
-        yield f"rotated {w}{a}{kind}", dataclasses.replace(packed, config=config_of_both), ROTATED_KV
+
+    @functools.lru_cache(maxsize=1)
+    def rotated() -> models.LanguageModel:
+        with console.status("rotating"):
+            return models.rotate(lm, seed=config.seed)
+
+    @functools.lru_cache(maxsize=1)
+    def packed(kind: str) -> models.LanguageModel:
+        return _packed(rotated(), weights, texts if kind else None, console)
+
+    def with_activations(kind: str) -> models.LanguageModel:
+        return dataclasses.replace(packed(kind), config=dataclasses.replace(packed(kind).config, integers=both))
+
+    return [
+        Variant("as loaded", EXACT, lambda: lm),
+        Variant("as loaded", PLAIN_KV, lambda: lm),
+        Variant(f"{w}{a}", PLAIN_KV, lambda: models.to_integers(lm, both)),
+        Variant("rotated", EXACT, rotated),
+        Variant("rotated", ROTATED_KV, rotated),
+        Variant(f"rotated {a}", EXACT, lambda: models.to_integers(rotated(), activations)),
+        *(
+            variant
+            for kind in ("", " GPTQ")
+            for variant in (
+                Variant(f"rotated {w}{kind}", EXACT, functools.partial(packed, kind)),
+                Variant(f"rotated {w}{a}{kind}", ROTATED_KV, functools.partial(with_activations, kind)),
+            )
+        ),
+    ]
+
+
+def compare(
+    variant: Variant, made: models.LanguageModel, reference: list[jax.Array], windows: np.ndarray, context: int
+) -> dict[str, Any]:
+    """A variant's row of results."""
+    logits, held = score(made, variant.cache, windows, context)
+    judged = [judge(r, x, w[context + 1 :]) for r, x, w in zip(reference, logits, windows, strict=True)]
+    layout = made.config.layout
+    values = 2 * context * layout.num_layers * layout.num_kv_heads * layout.head_dim
+    return {
+        "method": variant.name,
+        "model": variant.model,
+        "cache": variant.cache,
+        "perplexity": float(np.exp(np.mean([s.nll for s in judged]))),
+        "kl": float(np.mean([s.kl for s in judged])),
+        "largest_change": max(float(jnp.abs(r - x).max()) for r, x in zip(reference, logits, strict=True)),
+        "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(made.params)),
+        "bits_per_value": 8 * held.used / values,
+    }
 
 
 def _packed(
