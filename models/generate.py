@@ -137,8 +137,7 @@ def prefill(
     whole = jnp.asarray(lengths, jnp.int32)
     rope_len = whole if rope_len is None else rope_len
     extra = pass_tokens(lm, caches, int(lengths.max()))
-    capacity = 0 if passes == 1 and not extra else passes * chunk + extra
-    prompt, bases = _open(lm, caches, capacity, final=not hands_on)
+    prompt, bases = _open(lm, caches, 0 if hands_on else passes * chunk + extra)
     logits = jnp.zeros((len(prompts), lm.config.vocab_size))
     work_s = compile_s = 0.0
     for i in range(passes):
@@ -152,21 +151,27 @@ def prefill(
     if extra:
         stats, seconds, compiling = rehearse(lm, prompts, caches, prompt, rope_len)
         work_s, compile_s = work_s + seconds, compile_s + compiling
-    caches, seconds, compiling = timed(_close, None, bases, prompt, stats)
-    return logits, caches, work_s + seconds, compile_s + compiling
+    staged: list[kvc.PromptCache] = list(prompt)
+    closed: tuple[kvc.LayerCache, ...] = ()
+    del prompt  # each layer's staged tokens are freed when it closes
+    for base, stat in zip(bases, stats, strict=True):
+        cache, seconds, compiling = timed(_close, None, base, staged.pop(0), stat)
+        closed, work_s, compile_s = (*closed, cache), work_s + seconds, compile_s + compiling
+    return logits, closed, work_s, compile_s
 
 
 def _open(
-    lm: LanguageModel, caches: tuple[Any, ...], capacity: int, *, final: bool = True
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Prompts to read chunks with, and the caches that were detached from them; none are if one pass does it all.
+    lm: LanguageModel, caches: tuple[Any, ...], capacity: int
+) -> tuple[tuple[kvc.PromptCache, ...], tuple[kvc.LayerCache, ...]]:
+    """Prompts to read chunks with, and the caches that were detached from them.
 
-    Not `final`: layers hand on what the next one sees before they are closed.
+    `capacity` 0, if layers hand on what the next one sees: then nothing is detached, and they close by themselves.
     """
     heads = lm.config.num_heads
+    prompts = tuple(kvc.open_prompt(cache, capacity, num_heads=heads) for cache in caches)
     if not capacity:
-        return tuple(kvc.open_prompt(c, 0, final=final, num_heads=heads) for c in caches), ()
-    bases, prompts = zip(*(kvc.detach(kvc.open_prompt(c, capacity, num_heads=heads)) for c in caches), strict=True)
+        return prompts, ()
+    bases, prompts = zip(*map(kvc.detach, prompts), strict=True)
     return prompts, bases
 
 
@@ -186,9 +191,12 @@ def _read_chunk(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _close(_: None, bases: tuple[Any, ...], prompts: tuple[Any, ...], stats: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Compress the staged prompts; apart from `_read_chunk`, because staged tokens become no output to donate to."""
-    return tuple(kvc.close_prompt(p, base, stat=stat) for base, p, stat in zip(bases, prompts, stats, strict=True))
+def _close(_: None, base: kvc.LayerCache, prompt: kvc.PromptCache, stat: jax.Array | None) -> kvc.LayerCache:
+    """Compress a layer's staged prompt: layers that are alike share the program.
+
+    Apart from `_read_chunk`, which all methods share, and because staged tokens become no output to donate to.
+    """
+    return kvc.close_prompt(prompt, base, stat=stat)
 
 
 def _decode(

@@ -1,8 +1,8 @@
 """Compile every kernel and whole decode steps for devices that are not there, and say what the compilers made of them.
 
 A program fails if it does not compile, if it should hold a kernel of ours and holds none, if it stores an array that
-could be a decompressed cache, if its temporaries are large though it reads no codes, or if a GPU kernel spills or says
-nothing of it.
+could be a decompressed cache, if its temporaries are large though it reads no codes, or if a GPU kernel spills,
+asks for more shared memory than a block may have, or says nothing of either.
 
     python -m benchmarks.aot --cases
 
@@ -30,6 +30,7 @@ from benchmarks.aot.targets import DEVICES
 from experiments.cli import environment, run
 
 FAST = "^(quantized_decode|quantize_pack|hadamard|gather_decode|low_rank_decode|prefill) /"
+H200_SHARED = 227 * 1024  # bytes of shared memory that a block may have
 LARGEST_SHARE = 0.5  # of the arguments, for temporaries of a kernel: no copy of what it reads, no matrix of scores
 
 
@@ -115,6 +116,8 @@ def failure(record: dict[str, Any], *, tiny: bool = False) -> str:
         return "no figures of its kernel."  # nobody has looked for spills
     if record.get("spills"):
         return f"{record['spills']} bytes of spilled registers."
+    if record.get("shared_bytes", 0) > H200_SHARED:
+        return f"{record['shared_bytes']} bytes of shared memory, a block may have {H200_SHARED}."
     return ""
 
 

@@ -81,6 +81,7 @@ _SHAPES = {
     "window": Case(150, 150, sliding_window=17),
     "window-soft-cap": Case(40, 900, (860, 20), soft_cap=30.0, sliding_window=300),
     "head_dim-80": Case(33, 130, (97, 0), head_dim=80, groups=1),
+    "head_dim-256": Case(20, 70, (50,), 1, 1, head_dim=256),
     "head_dim-128-bfloat16": Case(48, 256, (200, 10), head_dim=128, dtype="bfloat16"),
     "one-bfloat16": Case(1, 8, dtype="bfloat16"),
     "blocks-bfloat16": Case(140, 184, (40,), num_kv_heads=1, dtype="bfloat16"),

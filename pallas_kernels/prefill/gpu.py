@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import triton_calls
-from pallas_kernels.prefill.block_sizes import GPU_KEY_BLOCK, GPU_QUERY_BLOCK
+from pallas_kernels.prefill.block_sizes import gpu_blocks
 from pallas_kernels.prefill.reach import query_blocks
 from pallas_kernels.prefill.reference import MASK_VALUE, in_two_passes
 
@@ -20,15 +20,17 @@ _DEAD = tl.constexpr(MASK_VALUE)
 def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None, interpret=False):
     """See `api.prefill`."""
     batch, heads, groups, num_queries, _ = q.shape
-    block_q = min(GPU_QUERY_BLOCK, max(triton.next_power_of_2(num_queries), 16))
+    sizes = _sizes(q, k, soft_cap, sliding_window)
+    blocks = gpu_blocks(num_queries, sizes["padded"], k.dtype.itemsize)
     rows = jax.ShapeDtypeStruct(q.shape[:4], jnp.float32)
     acc, top, total = triton_calls.call(
         _prefill,
         (q.astype(k.dtype), k, v, start.astype(jnp.int32)),
         [jax.ShapeDtypeStruct(q.shape, jnp.float32), rows, rows],
-        (triton.cdiv(num_queries, block_q), batch * heads * groups),
-        {**_sizes(q, k, soft_cap, sliding_window), "block_q": block_q, "block_k": GPU_KEY_BLOCK},
+        (triton.cdiv(num_queries, blocks.queries), batch * heads * groups),
+        {**sizes, "block_q": blocks.queries, "block_k": blocks.slots},
         interpret=interpret,
+        num_stages=blocks.stages,
     )
     return acc, top, total
 
@@ -36,16 +38,18 @@ def prefill(q, k, v, start, *, soft_cap=None, sliding_window=None, interpret=Fal
 def probe_mass(q, k, lse, at, *, soft_cap=None, sliding_window=None, interpret=False):
     """See `api.probe_mass`."""
     batch, heads, _, num_queries, _ = q.shape
-    block_q = min(GPU_QUERY_BLOCK, max(triton.next_power_of_2(num_queries), 16))
+    sizes = _sizes(q, k, soft_cap, sliding_window)
+    blocks = gpu_blocks(num_queries, sizes["padded"], k.dtype.itemsize)
     at = at.astype(jnp.int32)
-    reach = query_blocks(at, block_q, GPU_KEY_BLOCK, k.shape[2], sliding_window)
+    reach = query_blocks(at, blocks.queries, blocks.slots, k.shape[2], sliding_window)
     (out,) = triton_calls.call(
         _mass,
         (q.astype(k.dtype), k, lse.astype(jnp.float32), at, *reach),
         [jax.ShapeDtypeStruct(k.shape[:3], jnp.float32)],
-        (triton.cdiv(k.shape[2], GPU_KEY_BLOCK), batch * heads),
-        {**_sizes(q, k, soft_cap, sliding_window), "block_q": block_q, "block_k": GPU_KEY_BLOCK},
+        (triton.cdiv(k.shape[2], blocks.slots), batch * heads),
+        {**sizes, "block_q": blocks.queries, "block_k": blocks.slots},
         interpret=interpret,
+        num_stages=blocks.stages,
     )
     return out
 
@@ -93,7 +97,7 @@ def _prefill(
         mask = (slot < num_slots)[:, None] & (channel < dim)[None, :]
         where = (base + slot)[:, None] * dim + channel[None, :]
         k = tl.load(k_ptr + where, mask=mask, other=0.0)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")
         if soft_cap > 0:
             logits = soft_cap * _tanh(logits / soft_cap)
         live = _live(start + t, slot, num_slots, sliding_window)
@@ -102,7 +106,7 @@ def _prefill(
         keep = tl.exp(top - most)
         p = tl.where(live, tl.exp(logits - most[:, None]), 0.0)
         v = tl.load(v_ptr + where, mask=mask, other=0.0)
-        acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
         total = total * keep + tl.sum(p, 1)
         top = most
     tl.store(acc_ptr + row[:, None] * dim + channel[None, :], acc, mask=q_mask)
@@ -135,7 +139,7 @@ def _mass(
             q = tl.load(q_ptr + row[:, None] * dim + channel[None, :], mask=q_mask, other=0.0)
             lse = tl.load(lse_ptr + row, mask=t < num_queries, other=0.0)
             at = tl.load(at_ptr + batch * num_queries + t, mask=t < num_queries, other=-1)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+            logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")
             if soft_cap > 0:
                 logits = soft_cap * _tanh(logits / soft_cap)
             live = _live(at, slot, num_slots, sliding_window)

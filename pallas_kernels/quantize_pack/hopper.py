@@ -46,7 +46,7 @@ class _Plan:
 
     @property
     def registers(self) -> Registers:
-        """Where one token of each unit goes, [per_block, *channels of a block]."""
+        """Where one token of each unit goes, [*units_axis, *channels of a block]."""
         shape = (self.width, *self.channels[1:])
         split = math.gcd(WARPS // self.per_block, shape[0])
         axes: list[tuple] = []
@@ -62,8 +62,19 @@ class _Plan:
             factors = ((f"more{i}", size // across // vector), (f"lane{i}", across), (f"vector{i}", vector))
             axes.insert(0, (("split", split), *factors) if i == 0 else factors)
             names.insert(0, f"lane{i}")
-        unit = (("unit", self.per_block),)
-        return Registers((unit, *axes), ("unit", "split", WARPS // self.per_block // split), (lanes, *names))
+        copies = WARPS // self.per_block // split
+        if not self.units_axis:
+            return Registers(tuple(axes), ("split", copies), (lanes, *names))
+        return Registers(((("unit", self.per_block),), *axes), ("unit", "split", copies), (lanes, *names))
+
+    @property
+    def units_axis(self) -> tuple[int, ...]:
+        """The axis of a block's units; one unit has none, because references cannot fold an axis of size 1 away."""
+        return (self.per_block,) if self.per_block > 1 else ()
+
+    def token(self, ref: Any, t: int) -> Any:
+        """Token (or row of words) t of each unit of a reference."""
+        return ref.at[:, t] if self.units_axis else ref.at[t]
 
 
 def quantize_pack(x: jax.Array, fmt: Format, *, interpret: bool = False) -> Quantized:
@@ -111,9 +122,9 @@ def _call(plan: _Plan, x: jax.Array) -> Any:
     ]
     block = (plan.width, *plan.channels[1:])
     scratch = (
-        plgpu.SMEM((plan.per_block, plan.tokens, *block), x.dtype),
-        plgpu.SMEM((plan.per_block, plan.code_rows, *block), code_dtype),
-        *[plgpu.SMEM((plan.per_block, values if by_token else plan.width), fmt.metadata_dtype)] * num_metadata,
+        plgpu.SMEM((*plan.units_axis, plan.tokens, *block), x.dtype),
+        plgpu.SMEM((*plan.units_axis, plan.code_rows, *block), code_dtype),
+        *[plgpu.SMEM((*plan.units_axis, values if by_token else plan.width), fmt.metadata_dtype)] * num_metadata,
         plgpu.Barrier(),
     )
     grid = {"i": plan.units // plan.per_block, "j": plan.channels[0] // plan.width}
@@ -127,7 +138,8 @@ def _call(plan: _Plan, x: jax.Array) -> Any:
 def _kernel(plan, num_metadata, x_gmem, *refs):
     """Quantise the channels of one block's units."""
     outs, (x_smem, *smems, barrier) = refs[: 1 + num_metadata], refs[1 + num_metadata :]
-    first = pl.ds(lax.axis_index("i") * plan.per_block, plan.per_block)
+    block = lax.axis_index("i")
+    first = pl.ds(block * plan.per_block, plan.per_block) if plan.units_axis else block
     channels = pl.ds(lax.axis_index("j") * plan.width, plan.width)
     plgpu.copy_gmem_to_smem(x_gmem.at[first, :, channels], x_smem, barrier)
     plgpu.barrier_wait(barrier)
@@ -146,7 +158,7 @@ def _by_channel(plan: _Plan, x_smem: Any, metadata_smem: list) -> Iterator[jax.A
     layout = plan.registers.layout()
 
     def load(t):
-        return plan.machine.load(x_smem.at[:, t], layout).astype(jnp.float32)
+        return plan.machine.load(plan.token(x_smem, t), layout).astype(jnp.float32)
 
     x = _ranged(load(0), plan.fmt)
     low, high = x, x
@@ -163,18 +175,18 @@ def _by_channel(plan: _Plan, x_smem: Any, metadata_smem: list) -> Iterator[jax.A
 
 def _by_token(plan: _Plan, x_smem: Any, metadata_smem: list) -> Iterator[jax.Array]:
     """The same for groups along channels, token by token."""
-    layout, groups = plan.registers.layout(), plan.channels[0]
+    layout, groups, last = plan.registers.layout(), plan.channels[0], len(plan.units_axis) + 1
 
     def spread(value, shape):
-        return plan.machine.cast(lax.broadcast_in_dim(value, shape, (0, 1)), layout)
+        return plan.machine.cast(lax.broadcast_in_dim(value, shape, tuple(range(last))), layout)
 
     for t in range(plan.tokens):
-        x = plan.machine.load(x_smem.at[:, t], layout).astype(jnp.float32)  # [units, groups, channels]
+        x = plan.machine.load(plan.token(x_smem, t), layout).astype(jnp.float32)  # [*units_axis, groups, channels]
         ranged = _ranged(x, plan.fmt)
-        stored, scale, zero_point = _fit(ranged.min(2), ranged.max(2), plan.fmt)
+        stored, scale, zero_point = _fit(ranged.min(last), ranged.max(last), plan.fmt)
         for ref, value in zip(metadata_smem, stored, strict=True):
-            ref[:, t * groups : (t + 1) * groups] = value
-        inverse = _inverse(plan, scale, layout.reduce(2))
+            ref[..., t * groups : (t + 1) * groups] = value
+        inverse = _inverse(plan, scale, layout.reduce(last))
         yield _encode(x, spread(inverse, x.shape), spread(zero_point, x.shape), plan.fmt)
 
 
@@ -214,7 +226,7 @@ def _pack(plan: _Plan, tokens: Iterator[jax.Array], codes_smem: Any) -> None:
     bits = plan.fmt.bits
     if bits == 8:
         for t, codes in enumerate(tokens):
-            codes_smem[:, t] = codes.astype(jnp.uint8)
+            plan.token(codes_smem, t)[...] = codes.astype(jnp.uint8)
         return
     planes = {2: ((0, 2),), 3: ((0, 2), (2, 1)), 4: ((0, 4),)}[bits]
     words: dict[int, jax.Array] = {}
@@ -227,5 +239,5 @@ def _pack(plan: _Plan, tokens: Iterator[jax.Array], codes_smem: Any) -> None:
             part = part << jnp.uint32(width * (t % per_word))
             words[at] = words[at] | part if at in words else part
             if t % per_word == per_word - 1:
-                codes_smem[:, at] = words.pop(at)
+                plan.token(codes_smem, at)[...] = words.pop(at)
             row += UNIT * width // 32

@@ -124,7 +124,7 @@ def test_deeper_layers_compute_fewer_tokens():
     def operations(text):
         plan = kvc.parse(text).plan(lm.config.layout, max_len=256, prompt_len=256)
         caches = jax.eval_shape(lambda: plan.init(batch=1, dtype=lm.dtype))
-        prompts = jax.eval_shape(lambda cs: _open(lm, cs, 0, final=text == "full")[0], caches)
+        prompts = jax.eval_shape(lambda cs: _open(lm, cs, 256 if text == "full" else 0)[0], caches)
         shapes = (jax.ShapeDtypeStruct((1, 256), jnp.int32), *(jax.ShapeDtypeStruct((1,), jnp.int32),) * 2)
         logits = jax.ShapeDtypeStruct((1, lm.config.vocab_size), jnp.float32)
         return _read_chunk.lower(lm.model, lm.params, *shapes, logits, prompts).as_text()
