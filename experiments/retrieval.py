@@ -29,7 +29,7 @@ from experiments.retrieval_tasks import TASKS, Case, Source, make_cases
 from experiments.texts import load_text
 from models import decode_loop
 from models.generate import prefill
-from models.programs import compiled
+from models.programs import compiled, forgetting
 from models.sampling import Sampling
 from models.transformer import Transformer
 
@@ -87,7 +87,9 @@ def main(config: Config) -> None:
         bar = progress.add_task("", total=len(cases) * len(todo), visible=bool(todo))
         for method in todo:
             progress.update(bar, description=method)
-            results.add(ask(lm, method, config, cases, functools.partial(progress.advance, bar)))
+            with forgetting():
+                row = ask(lm, method, config, cases, functools.partial(progress.advance, bar))
+            results.add(row)
     results.rows.sort(key=lambda row: methods.index(row["method"]) if row["method"] in methods else len(methods))
     results.write()
     retrieval_report.write(config.out)

@@ -29,7 +29,7 @@ from experiments.results import Results, write_atomically
 from experiments.texts import load_text
 from models import decode_loop
 from models.generate import prefill
-from models.programs import compiled
+from models.programs import compiled, forgetting
 from models.sampling import Sampling
 
 DEFAULT_METHODS = (
@@ -87,7 +87,9 @@ def main(config: Config) -> None:
             stream = _stream(lm, config, lm.tokenizer.encode(text), console)
         for method in todo:
             progress.update(bar, description=method)
-            results.add(follow(lm, method, config, stream, functools.partial(progress.advance, bar)))
+            with forgetting():
+                row = follow(lm, method, config, stream, functools.partial(progress.advance, bar))
+            results.add(row)
     results.rows.sort(key=lambda row: methods.index(row["method"]) if row["method"] in methods else len(methods))
     results.write()
     streaming_report.write(config.out)
