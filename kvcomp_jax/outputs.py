@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kvcomp_jax.cache import LayerCache
 from kvcomp_jax.prompt import PromptCache
@@ -35,9 +34,8 @@ def output_norm(v: jax.Array, weight: jax.Array) -> jax.Array:
     if weight.ndim != 2 or weight.shape[1] % (heads * dim):
         raise ValueError(f"weight {weight.shape} must be [M, H * {dim}] with H a multiple of {heads} KV heads.")
     by_head = weight.reshape(weight.shape[0], heads, -1, dim).transpose(2, 1, 3, 0)  # [G, K, D, M]
-
-    def one(head: jax.Array) -> jax.Array:  # one of each group at a time: T x M floats a KV head
-        made = jnp.einsum("btkd,kdm->btkm", v, head.astype(v.dtype), preferred_element_type=jnp.float32)
-        return jnp.abs(made).sum(-1)
-
-    return lax.map(one, by_head).mean(0).reshape(batch, num_tokens, heads)
+    total = jnp.zeros((heads, batch, num_tokens))
+    for head in by_head:  # one of each group at a time: T x M floats a KV head
+        made = jnp.einsum("btkd,kdm->kbtm", v, head.astype(v.dtype), preferred_element_type=jnp.float32)
+        total += jnp.abs(made).sum(-1)
+    return jnp.moveaxis(total, 0, -1) / len(by_head)

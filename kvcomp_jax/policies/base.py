@@ -61,14 +61,23 @@ class Prompt:
         return jnp.moveaxis(lax.map(one, (jnp.moveaxis(probes.q, 2, 0), jnp.moveaxis(probes.lse, 2, 0))), 0, 2)
 
     def probs(self, first: jax.Array | int, num: int) -> tuple[jax.Array, jax.Array]:
-        """Attention of `num` of the probes from `first` on, f32[B, K, S, G, num], and where they stand, i32[B, num]."""
+        """Attention of `num` of the probes from `first` on, f32[B, K, G, num, S], and where they stand, i32[B, num]."""
         q, lse = (lax.dynamic_slice_in_dim(x, first, num, 3) for x in (self.kept.q, self.kept.lse))
         at = lax.dynamic_slice_in_dim(self.kept.at, first, num, 1)
-        # Keys first: XLA's CPU product of [S, D] by [D, queries] is the faster one, and what is made of it, too.
-        logits = jnp.einsum("bksd,bkgnd->bksgn", self.k, q, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bkgnd,bksd->bkgns", q, self.k, preferred_element_type=jnp.float32)
         live = seen_from(at, jnp.arange(self.k.shape[2]), self.sliding_window)
-        probs = jnp.exp(capped(logits, self.soft_cap) - lse[:, :, None])
-        return jnp.where(jnp.moveaxis(live, -1, 2), probs, 0.0), at
+        return jnp.where(live, jnp.exp(capped(logits, self.soft_cap) - lse[..., None]), 0.0), at
+
+    def mean_probs(self, first: jax.Array | int, num: int) -> jax.Array:
+        """Attention of the probes to `num` of the keys from `first` on, a mean over a group: f32[B, K, num, N]."""
+        probes, k = self.kept, lax.dynamic_slice_in_dim(self.k, first, num, 2)
+        live = seen_from(probes.at, first + jnp.arange(num), self.sliding_window)[:, :, 0].swapaxes(2, 3)
+        total = jnp.zeros((*k.shape[:3], probes.at.shape[1]))
+        for g in range(probes.q.shape[2]):  # one product for all takes XLA on CPU one and a half times as long
+            logits = jnp.einsum("bksd,bknd->bksn", k, probes.q[:, :, g], preferred_element_type=jnp.float32)
+            probs = jnp.exp(capped(logits, self.soft_cap) - probes.lse[:, :, g][:, :, None])
+            total += jnp.where(live, probs, 0.0)
+        return total / probes.q.shape[2]
 
     def peak(self, block: int = 32) -> jax.Array:
         """The greatest attention that each key received from any probe, any head of its group: f32[B, K, S]."""
@@ -76,7 +85,7 @@ class Prompt:
         size = min(block, num)
 
         def raised(i: jax.Array, top: jax.Array) -> jax.Array:
-            return jnp.maximum(top, self.probs(jnp.minimum(i * size, num - size), size)[0].max((3, 4)))
+            return jnp.maximum(top, self.probs(jnp.minimum(i * size, num - size), size)[0].max((2, 3)))
 
         return lax.fori_loop(0, -(-num // size), raised, jnp.zeros(self.k.shape[:3]))
 

@@ -70,7 +70,7 @@ class Distinct(Policy):
         del stat
         probs, at = prompt.probs(0, prompt.kept.at.shape[1])
         pos = jnp.where(at >= 0, at + prompt.start[:, None], -1)
-        return self._record(self.new_stat(prompt.k.shape[:3]), probs.max(3).swapaxes(2, 3), pos)
+        return self._record(self.new_stat(prompt.k.shape[:3]), probs.max(2), pos)
 
     def fold(self, stat: Stat, probs: jax.Array, pos: jax.Array, step: Step) -> jax.Array:
         """Record the queries of a step in place of those `num_queries` before them."""

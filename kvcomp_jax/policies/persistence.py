@@ -10,6 +10,7 @@ from kvcomp_jax.policies.base import Policy, Probes, Prompt, Stat, Step
 from kvcomp_jax.types import pytree, static
 
 _WORD = 32  # queries a word
+_KEYS = 512  # of a prompt looked at together; 128 and 1024 take half as long again
 _OCTAVES = 40  # below 2^-40 of a query's attention, tokens are alike
 
 
@@ -54,26 +55,26 @@ class Persistence(Policy):
         return min(self.history, capacity)
 
     def from_prompt(self, stat: Stat | None, prompt: Prompt) -> History:
-        """Record the probes, a word of the history at a time."""
+        """Record the probes, for some keys at a time."""
         del stat
         prompt = dataclasses.replace(prompt, watched=self._by_column(prompt.kept, prompt.start))
-        place = jnp.arange(prompt.k.shape[2], dtype=jnp.int32)[None, None, :, None]
+        slots = prompt.k.shape[2]
+        size, at = min(_KEYS, slots), prompt.kept.at[:, None, None]
+        seen = at + 1 if prompt.sliding_window is None else jnp.minimum(at + 1, prompt.sliding_window)
+        bits = _bit(jnp.arange(at.shape[-1]))[None, None, None]
 
-        def record(mean: tuple[jax.Array, jax.Array], word: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            probs, at = prompt.probs(word * _WORD, _WORD)
-            seen = at + 1 if prompt.sliding_window is None else jnp.minimum(at + 1, prompt.sliding_window)
-            query = at[:, None, None]
-            sees = (query >= place) & (query >= 0)  # [B, 1, S, 32]
-            alpha = probs.mean(3)
-            low = sees & (alpha * seen[:, None, None] < 1)
-            total, count = mean
-            word = _any_of(jnp.where(low, _bit(jnp.arange(_WORD))[None, None, None], 0), 3)
-            return (total + alpha.sum(3), count + sees.sum(3)), word
+        def record(i: jax.Array, history: History) -> History:
+            first = jnp.minimum(i * size, slots - size)  # the last block may reach back
+            alpha = prompt.mean_probs(first, size)
+            sees = (at >= (first + jnp.arange(size))[None, None, :, None]) & (at >= 0)  # [B, 1, S, N]
+            low = jnp.where(sees & (alpha * seen < 1), bits, 0)
+            new = History(
+                low=_any_of(low.reshape(*low.shape[:3], -1, _WORD), 4),
+                mean=alpha.sum(3) / jnp.maximum(sees.sum(3), 1),
+            )
+            return jax.tree.map(lambda old, x: lax.dynamic_update_slice_in_dim(old, x, first, 2), history, new)
 
-        batch, heads, slots, _ = prompt.k.shape
-        start = jnp.zeros((batch, heads, slots)), jnp.zeros((batch, 1, slots), jnp.int32)
-        (total, count), words = lax.scan(record, start, jnp.arange(-(-self.history // _WORD)))
-        return History(low=jnp.moveaxis(words, 0, -1), mean=total / jnp.maximum(count, 1))
+        return lax.fori_loop(0, -(-slots // size), record, self.new_stat(prompt.k.shape[:3]))
 
     def _by_column(self, probes: Probes, start: jax.Array) -> Probes:
         """One probe for each bit of the words, or none, by the text position of its query."""
