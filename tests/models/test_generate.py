@@ -104,17 +104,18 @@ def test_bad_calls_are_refused(prompts, options, words):
         lm.generate(prompts, **options)
 
 
-def test_methods_share_the_program_that_reads_long_prompts(monkeypatch):
+@pytest.mark.parametrize("chunk", [32, 512], ids="chunk={}".format)
+def test_methods_share_the_program_that_reads_prompts_and_layers_the_one_that_compresses(monkeypatch, chunk):
     """Compressing comes after reading, so only what a policy wants to see of a prompt makes reading another program."""
     monkeypatch.setattr(programs, "_programs", {})
-    monkeypatch.setattr(generate, "CHUNK", 32)
+    monkeypatch.setattr(generate, "CHUNK", chunk)
     lm, _ = load("llama")
     prompt = [list(range(20, 90))]
     for method in ("full", "int4", "kivi:bits=2,group_size=16,residual=16", "streaming_llm:budget=16"):
         lm.generate(prompt, method, max_new_tokens=2)
-    assert [key[0] for key in programs._programs].count(generate._read_chunk) == 1
+    assert (programs.count(generate._read_chunk), programs.count(generate._close)) == (1, 4)
     lm.generate(prompt, "h2o:budget=20", max_new_tokens=2)
-    assert [key[0] for key in programs._programs].count(generate._read_chunk) == 2
+    assert (programs.count(generate._read_chunk), programs.count(generate._close)) == (2, 5)
 
 
 def test_programs_compiled_in_a_block_are_forgotten_at_its_end(monkeypatch):
