@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kvcomp_jax.policies.base import Probes, Prompt, Stat
 from kvcomp_jax.policies.prompt_rank import PromptRank
@@ -88,14 +87,17 @@ class ExpectedAttention(PromptRank):
         real = ((place >= self.num_sinks) & (place < prompt.length[:, None]))[:, None]
         mean, cov = self._queries(prompt)
 
-        def one(head: tuple[jax.Array, jax.Array]) -> jax.Array:  # one query head of each group at a time
-            m, c = head
-            logits = m[:, :, None]
+        total = jnp.zeros(prompt.k.shape[:3])
+        ones = jnp.ones(prompt.k.shape[-1])
+        heads = mean.shape[2]
+        for g in range(heads):  # one query head of each group at a time, not in a loop of XLA's: half the time on CPU
+            terms = jnp.broadcast_to(mean[:, :, g, None], prompt.k.shape)
             if self.use_covariance:
-                logits = logits + 0.5 * jnp.einsum("bksd,bkde->bkse", prompt.k, c, preferred_element_type=jnp.float32)
-            return jax.nn.softmax((logits * prompt.k).sum(-1), -1, where=real)
-
-        expected = lax.map(one, (jnp.moveaxis(mean, 2, 0), jnp.moveaxis(cov, 2, 0))).mean(0)
+                half = 0.5 * cov[:, :, g]
+                terms = terms + jnp.einsum("bksd,bkde->bkse", prompt.k, half, preferred_element_type=jnp.float32)
+            logits = jnp.matmul(terms * prompt.k, ones, precision="highest")  # sums short rows faster than a sum does
+            total += jax.nn.softmax(logits, -1, where=real)
+        expected = total / heads
         if self.use_values:
             expected = expected * jnp.linalg.norm(prompt.v.astype(jnp.float32), axis=-1)
         return jnp.where(real, expected, 0.0)

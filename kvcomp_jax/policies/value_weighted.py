@@ -1,5 +1,7 @@
 """Tokens whose values weigh, too: another policy's choice first, then by attention times the value's norm."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -65,10 +67,19 @@ class ValueWeighted(PromptRank):
         place = jnp.arange(prompt.k.shape[2])[None]
         candidate = ((place >= self.num_sinks) & (place < prompt.length[:, None]))[:, None]
         score = jnp.where(candidate, self.inner.from_prompt(stat, prompt), -jnp.inf)
-        rank = jnp.argsort(lax.top_k(score, score.shape[-1])[1], -1)
         tokens = jnp.full_like(prompt.length, self.budget)
         if isinstance(self.budget, float):
             tokens = jnp.floor(prompt.length * self.budget).astype(jnp.int32)
         first = jnp.floor(self.first * (tokens - self.beside)).astype(jnp.int32)
         norm = prompt.projected if self.projected else jnp.abs(prompt.v.astype(jnp.float32)).sum(-1)
-        return jnp.where(rank < first[:, None, None], jnp.inf, (score + self.epsilon) * norm)
+        return jnp.where(self._best(score, first), jnp.inf, (score + self.epsilon) * norm)
+
+    def _best(self, score: jax.Array, count: jax.Array) -> jax.Array:
+        """Whether a token is among the `count` i32[B] highest of score [B, K, S]; the first among equals is higher."""
+        size = score.shape[-1]
+        budget = self.budget * size if isinstance(self.budget, float) else self.budget
+        most = min(math.ceil(self.first * budget), size)  # ranking all of a prompt costs more than the scores
+        index = lax.top_k(score, most)[1]
+        taken = jnp.where(jnp.arange(most)[None, None] < count[:, None, None], index, size)
+        b, h = (jnp.arange(n) for n in score.shape[:2])
+        return jnp.zeros(score.shape, bool).at[b[:, None, None], h[:, None], taken].set(True, mode="drop")
