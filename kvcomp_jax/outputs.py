@@ -33,9 +33,14 @@ def output_norm(v: jax.Array, weight: jax.Array) -> jax.Array:
     batch, num_tokens, heads, dim = v.shape
     if weight.ndim != 2 or weight.shape[1] % (heads * dim):
         raise ValueError(f"weight {weight.shape} must be [M, H * {dim}] with H a multiple of {heads} KV heads.")
-    by_head = weight.reshape(weight.shape[0], heads, -1, dim).transpose(2, 1, 3, 0)  # [G, K, D, M]
-    total = jnp.zeros((heads, batch, num_tokens))
-    for head in by_head:  # one of each group at a time: T x M floats a KV head
-        made = jnp.einsum("btkd,kdm->kbtm", v, head.astype(v.dtype), preferred_element_type=jnp.float32)
-        total += jnp.abs(made).sum(-1)
-    return jnp.moveaxis(total, 0, -1) / len(by_head)
+    by_head = (
+        weight.reshape(weight.shape[0], heads, -1, dim).transpose(1, 2, 0, 3).reshape(heads, -1, dim)
+    )  # [K, G M, D]
+    rows = v.transpose(2, 3, 0, 1).reshape(heads, dim, -1)  # [K, D, B T]; sums over M are then sums of whole vectors
+
+    def norm(weight: jax.Array, x: jax.Array) -> jax.Array:
+        made = jnp.einsum("md,dn->mn", weight.astype(x.dtype), x, preferred_element_type=jnp.float32)
+        return jnp.abs(made).sum(0)
+
+    total = jnp.stack([norm(weight, x) for weight, x in zip(by_head, rows, strict=True)], -1)  # not K G B T M floats
+    return total.reshape(batch, num_tokens, heads) * (heads * dim / weight.shape[1])
