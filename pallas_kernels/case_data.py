@@ -39,6 +39,17 @@ def draw_positions(
     return pos, jnp.full((batch, num_queries), slots - 3, jnp.int32)
 
 
+def position_shapes(
+    kind: str | None, shape: tuple[int, int, int], num_queries: int
+) -> tuple[jax.ShapeDtypeStruct | None, jax.ShapeDtypeStruct | None]:
+    """What `draw_positions` returns, as ShapeDtypeStructs."""
+    if kind is None:
+        return None, None
+    batch, heads, slots = shape
+    pos = jax.ShapeDtypeStruct((batch, heads if kind == "per head" else 1, slots), jnp.int32)
+    return pos, jax.ShapeDtypeStruct((batch, num_queries), jnp.int32)
+
+
 def rows_shape(shape: tuple[int, ...], dtype, fmt: Format | None):
     """Shapes of dense rows, or of their codes and metadata."""
     if fmt is None:

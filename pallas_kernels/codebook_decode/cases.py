@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case_data import draw_positions
+from pallas_kernels.case_data import draw_positions, position_shapes
 from pallas_kernels.codebook_decode.rows import CodebookRows
 
 
@@ -105,12 +105,8 @@ class Case:
         batch, heads = len(self.length), self.num_kv_heads
         q = jax.ShapeDtypeStruct((batch, heads, self.rows, self.head_dim), jnp.dtype(self.dtype))
         k, v = (x.shapes(batch, heads, self.num_slots, self.head_dim, self.joined) for x in (self.k, self.v))
-        pos = q_pos = None
-        if self.positions:
-            pos_heads = heads if self.positions == "per head" else 1
-            pos = jax.ShapeDtypeStruct((batch, pos_heads, self.num_slots), jnp.int32)
-            q_pos = jax.ShapeDtypeStruct((batch, self.rows), jnp.int32)
-        return q, k, v, jax.ShapeDtypeStruct((batch,), jnp.int32), pos, q_pos
+        positions = position_shapes(self.positions, (batch, heads, self.num_slots), self.rows)
+        return q, k, v, jax.ShapeDtypeStruct((batch,), jnp.int32), *positions
 
 
 def keys(bits: int = 3, outliers: int = 2, rope: float = 1.0) -> Side:

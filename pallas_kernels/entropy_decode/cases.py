@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case_data import draw_positions
+from pallas_kernels.case_data import draw_positions, position_shapes
 from pallas_kernels.entropy_decode import planes, streams
 from pallas_kernels.entropy_decode.canonical import code_lengths
 from pallas_kernels.entropy_decode.formats import PlaneFormat, Planes, StreamFormat, Streams
@@ -132,12 +132,13 @@ class Case:
         }
 
     def shapes(self) -> tuple:
-        """The positional arguments as ShapeDtypeStructs, without positions; draws nothing."""
+        """The positional arguments as ShapeDtypeStructs; draws nothing."""
         heads = (len(self.length), self.num_kv_heads)
         shape = (*heads, self.num_slots, self.head_dim)
         (k, k_lengths), (v, v_lengths) = self.k.shapes(shape), self.v.shapes(shape)
         q = jax.ShapeDtypeStruct((*heads, self.rows, self.head_dim), jnp.dtype(self.dtype))
-        return q, k, v, k_lengths, v_lengths, jax.ShapeDtypeStruct(heads[:1], jnp.int32), None, None
+        positions = position_shapes(self.positions, shape[:3], self.rows)
+        return q, k, v, k_lengths, v_lengths, jax.ShapeDtypeStruct(heads[:1], jnp.int32), *positions
 
 
 PACKED = Side("planes", "token", num_levels=12, spread=2.0)

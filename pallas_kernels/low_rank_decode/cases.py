@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case_data import draw_positions, draw_rows, encoded, rows_shape
+from pallas_kernels.case_data import draw_positions, draw_rows, encoded, position_shapes, rows_shape
 from pallas_kernels.formats import Format
 from pallas_kernels.quantized_decode.cases import channel, token
 
@@ -52,12 +52,8 @@ class Case:
             for rank, fmt in ((self.k_rank, self.k_format), (self.v_rank, self.v_format))
         )
         q = jax.ShapeDtypeStruct((*heads, self.rows, self.k_rank), dtype)
-        pos = q_pos = None
-        if self.positions:
-            pos_heads = self.num_kv_heads if self.positions == "per head" else 1
-            pos = jax.ShapeDtypeStruct((heads[0], pos_heads, self.num_slots), jnp.int32)
-            q_pos = jax.ShapeDtypeStruct((heads[0], self.rows), jnp.int32)
-        return q, k, v, jax.ShapeDtypeStruct(heads[:1], jnp.int32), pos, q_pos
+        positions = position_shapes(self.positions, (*heads, self.num_slots), self.rows)
+        return q, k, v, jax.ShapeDtypeStruct(heads[:1], jnp.int32), *positions
 
     def _rows(self, x: np.ndarray, fmt: Format | None):
         return jnp.asarray(x, self.dtype) if fmt is None else encoded(jnp.asarray(x), fmt)

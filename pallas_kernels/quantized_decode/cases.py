@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case_data import draw_rows, encoded
+from pallas_kernels.case_data import draw_positions, draw_rows, encoded, position_shapes
 from pallas_kernels.formats import Format
 from pallas_kernels.quantize_pack.reference import quantize_pack
 
@@ -38,12 +38,7 @@ class Case:
         batch, heads, slots = len(self.length), self.num_kv_heads, self.num_slots
         q = rng.standard_normal((batch, heads, self.rows, self.head_dim)) * self.head_dim**-0.5
         k, v = (draw_rows(rng, (batch, heads, slots, self.head_dim), self.values) for _ in "kv")
-        pos = q_pos = None
-        if self.positions:
-            shape = (batch, heads if self.positions == "per head" else 1, slots)
-            places = rng.permuted(np.broadcast_to(np.arange(slots), shape), axis=-1)
-            pos = jnp.asarray(np.where(rng.random(shape) < 0.2, -1, places).astype(np.int32))
-            q_pos = jnp.full((batch, self.rows), slots - 3, jnp.int32)
+        pos, q_pos = draw_positions(rng, self.positions, (batch, heads, slots), self.rows)
         length = jnp.asarray(np.array(self.length, np.int32))
         keys, values = encoded(jnp.asarray(k), self.k_format), encoded(jnp.asarray(v), self.v_format)
         return (jnp.asarray(q.astype(jnp.dtype(self.dtype))), keys, values, length, pos, q_pos), self.options
@@ -60,11 +55,8 @@ class Case:
         x = jax.ShapeDtypeStruct((batch, heads, slots, self.head_dim), jnp.float32)
         k, v = (jax.eval_shape(partial(quantize_pack, fmt=fmt), x) for fmt in (self.k_format, self.v_format))
         q = jax.ShapeDtypeStruct((batch, heads, self.rows, self.head_dim), jnp.dtype(self.dtype))
-        pos = q_pos = None
-        if self.positions:
-            pos = jax.ShapeDtypeStruct((batch, heads if self.positions == "per head" else 1, slots), jnp.int32)
-            q_pos = jax.ShapeDtypeStruct((batch, self.rows), jnp.int32)
-        return q, k, v, jax.ShapeDtypeStruct((batch,), jnp.int32), pos, q_pos
+        positions = position_shapes(self.positions, (batch, heads, slots), self.rows)
+        return q, k, v, jax.ShapeDtypeStruct((batch,), jnp.int32), *positions
 
 
 def token(bits: int, group_size: int = 32, **kwargs) -> Format:
