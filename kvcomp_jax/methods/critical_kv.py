@@ -10,7 +10,7 @@ from kvcomp_jax.spec import LayerSpec
     axis="select",
     bits="16 or 32",
     source="CriticalKV, Feng et al. 2025, arXiv:2502.03805",
-    advice="As SnapKV or Expected Attention, where values differ much in size; prompts take a fifth longer to read.",
+    advice="As SnapKV or Expected Attention, where values differ much in size; prompts take a seventh longer to read.",
     settings=("budget=0.5", "budget=0.25", "budget=0.5,by=snapkv", "budget=0.5,projected=false"),
 )
 def critical_kv(
