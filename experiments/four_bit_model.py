@@ -75,11 +75,13 @@ def main(config: Config) -> None:
     todo = [variant for variant in variants(config, lm, texts, console) if results.row(variant.name) is None]
     if todo:
         with console.status("scoring the model as it was loaded"):
-            reference, _ = score(lm, EXACT, windows, config.context)
+            reference = score(lm, EXACT, windows, config.context)
     for variant in todo:
-        made = variant.make()
-        with console.status(f"scoring {variant.name}"):
-            row = compare(variant, made, reference, windows, config.context)
+        made, scored = variant.make(), reference
+        if made is not lm or variant.cache != EXACT:
+            with console.status(f"scoring {variant.name}"):
+                scored = score(made, variant.cache, windows, config.context)
+        row = compare(variant, made, scored, reference[0], windows, config.context)
         results.add(row)
         console.print(f"{variant.name}: perplexity {row['perplexity']:.3f}, KL {row['kl']:.4f}")
     four_bit_report.write(config.out)
@@ -138,10 +140,15 @@ def variants(config: Config, lm: models.LanguageModel, texts: np.ndarray, consol
 
 
 def compare(
-    variant: Variant, made: models.LanguageModel, reference: list[jax.Array], windows: np.ndarray, context: int
+    variant: Variant,
+    made: models.LanguageModel,
+    scored: tuple[list[jax.Array], kvc.Bytes],
+    reference: list[jax.Array],
+    windows: np.ndarray,
+    context: int,
 ) -> dict[str, Any]:
-    """A variant's row of results."""
-    logits, held = score(made, variant.cache, windows, context)
+    """A variant's row of results; `scored` is what `score` made of it, `reference` the logits as loaded."""
+    logits, held = scored
     judged = [judge(r, x, w[context + 1 :]) for r, x, w in zip(reference, logits, windows, strict=True)]
     layout = made.config.layout
     values = 2 * context * layout.num_layers * layout.num_kv_heads * layout.head_dim

@@ -19,7 +19,11 @@ class Results:
 
         Raises:
           ValueError: If the file holds rows made with other settings, or is damaged.
+          OSError: If its folder cannot be made or written to: better now than when the first row is measured.
         """
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            raise PermissionError(f"{file.parent} cannot be written to; choose another --out.")
         self.file, self.meta = file, dict(meta)
         self.rows: list[dict[str, Any]] = []
         if file.exists():

@@ -33,14 +33,13 @@ def output_norm(v: jax.Array, weight: jax.Array) -> jax.Array:
     batch, num_tokens, heads, dim = v.shape
     if weight.ndim != 2 or weight.shape[1] % (heads * dim):
         raise ValueError(f"weight {weight.shape} must be [M, H * {dim}] with H a multiple of {heads} KV heads.")
-    by_head = (
-        weight.reshape(weight.shape[0], heads, -1, dim).transpose(1, 2, 0, 3).reshape(heads, -1, dim)
-    )  # [K, G M, D]
+    by_head = weight.reshape(weight.shape[0], heads, -1, dim).transpose(1, 2, 0, 3)  # [K, G, M, D]
     rows = v.transpose(2, 3, 0, 1).reshape(heads, dim, -1)  # [K, D, B T]; sums over M are then sums of whole vectors
 
     def norm(weight: jax.Array, x: jax.Array) -> jax.Array:
-        made = jnp.einsum("md,dn->mn", weight.astype(x.dtype), x, preferred_element_type=jnp.float32)
+        made = jnp.einsum("md,dn->mn", weight.reshape(-1, dim).astype(x.dtype), x, preferred_element_type=jnp.float32)
         return jnp.abs(made).sum(0)
 
-    total = jnp.stack([norm(weight, x) for weight, x in zip(by_head, rows, strict=True)], -1)  # not K G B T M floats
+    # One KV head at a time: G M B T floats.
+    total = jnp.stack([norm(weight, x) for weight, x in zip(by_head, rows, strict=True)], -1)
     return total.reshape(batch, num_tokens, heads) * (heads * dim / weight.shape[1])

@@ -91,17 +91,29 @@ def test_streaming_is_another_measurement_and_a_row_that_saves_nothing_says_so(
     assert "no bytes saved" in (tmp_path / "index.html").read_text()
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(model_folder, text_file, tmp_path, monkeypatch, capsys):
-    measure, measured = Bench.measure, []
+@pytest.fixture
+def measured(monkeypatch):
+    """Methods that were measured, each as if it were the full cache, whose programs are there."""
+    measure, names = Bench.measure, []
+
+    def as_full(self, method, advance):
+        names.append(method)
+        scores, row = self._full_row
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "_full_row", (scores, dict(row)))
+            return measure(self, "full", advance)
+
+    monkeypatch.setattr(Bench, "measure", as_full)
+    return names
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(model_folder, text_file, tmp_path, measured, monkeypatch, capsys):
+    measure = Bench.measure
 
     def interrupted(self, method, advance):
         if len(measured) == 2:
             raise KeyboardInterrupt
-        measured.append(method)
-        scores, row = self._full_row
-        with monkeypatch.context() as patch:  # as if it were the full cache, whose programs are there
-            patch.setattr(self, "_full_row", (scores, dict(row)))
-            return measure(self, "full", advance)
+        return measure(self, method, advance)
 
     args = arguments(model_folder, text_file, tmp_path, "full;int8:block_size=16;streaming_llm:budget=40")
     monkeypatch.setattr(Bench, "measure", interrupted)
@@ -121,7 +133,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model_folder, text_file, tm
 
 
 @pytest.mark.slow
-def test_a_row_calibrated_on_scored_tokens_says_so(model_folder, text_file, tmp_path):
+def test_a_row_calibrated_on_scored_tokens_says_so(model_folder, text_file, tmp_path, measured):
     """The windows are of tokens 0 to 95 and 500 to 595."""
     layout, options = models.load(model_folder).layout, {"num_sinks": 4, "recent": 16}
     text, methods = load_text(text_file), ["full"]
@@ -131,6 +143,7 @@ def test_a_row_calibrated_on_scored_tokens_says_so(model_folder, text_file, tmp_
         save(tmp_path / name, {"beyond": np.arange(6, dtype=np.float32).reshape(3, 2)}, about)
         methods.append(f"duo_attention:num_sinks=4,recent=16,calibration={tmp_path / name}")
     assert run(compare.Config, compare.main, arguments(model_folder, text_file, tmp_path, ";".join(methods))) == 0
+    assert measured == methods
     notes = [row["note"] for row in tiny.read_results(tmp_path)["rows"]]
     assert ["calibrated on scored tokens" in note for note in notes] == [False, True, False]
     assert "calibrated on scored tokens" in (tmp_path / "index.html").read_text()
@@ -138,29 +151,25 @@ def test_a_row_calibrated_on_scored_tokens_says_so(model_folder, text_file, tmp_
 
 
 @pytest.mark.slow
-def test_recall_from_host_memory_is_reported(model_folder, text_file, tmp_path, capsys):
-    method = "arkvale:budget=40,page_size=8,recalls=2,full_layers=1,memory=host"
-    assert run(compare.Config, compare.main, arguments(model_folder, text_file, tmp_path, f"full;{method}")) == 0
-    full, row = tiny.read_results(tmp_path)["rows"]
+def test_recall_from_host_memory_of_pages_and_of_single_tokens_is_reported(model_folder, text_file, tmp_path):
+    pages = "arkvale:budget=40,page_size=8,recalls=2,full_layers=1,memory=host"
+    tokens = "cluster_kv:budget=40,num_sinks=4,clusters=4,window=16,window_clusters=2,full_layers=1,memory=host"
+    args = arguments(model_folder, text_file, tmp_path, f"full;{pages};{tokens}")
+    assert run(compare.Config, compare.main, args) == 0
+    full, row, single = tiny.read_results(tmp_path)["rows"]
     assert full["bytes_host"] == 0
     assert "recall_hit_rate" not in full
-    page, layers, pages = 2 * 2 * 8 * 16 * 4, 2, 96 // 8 + 1  # k and v, heads, tokens, head_dim, float32
+    page, layers, num_pages = 2 * 2 * 8 * 16 * 4, 2, 96 // 8 + 1  # k and v, heads, tokens, head_dim, float32
     assert 0 <= row["recall_hit_rate"] < 1
     assert row["recall_bytes_per_step"] == pytest.approx((1 - row["recall_hit_rate"]) * 2 * layers * page)
-    assert abs(row["bytes_host"] - layers * pages * page) <= layers * page
+    assert abs(row["bytes_host"] - layers * num_pages * page) <= layers * page
     assert "MB of it on the host; " in row["note"]
+    heads, read, token = 4, 36, 2 * 16 * 4  # query heads, tokens each reads, k and v of float32
+    missed = 1 - single["recall_hit_rate"]
+    assert 0 < missed < 1
+    assert single["recall_bytes_per_step"] == pytest.approx(missed * layers * heads * read * token)
+    assert "of pages wanted at hand" in single["note"]
     assert "recalled a step" in (tmp_path / "index.html").read_text()
-
-
-@pytest.mark.slow
-def test_recall_of_single_tokens_is_reported(model_folder, text_file, tmp_path):
-    method = "cluster_kv:budget=40,num_sinks=4,clusters=4,window=16,window_clusters=2,full_layers=1,memory=host"
-    assert run(compare.Config, compare.main, arguments(model_folder, text_file, tmp_path, f"full;{method}")) == 0
-    _, row = tiny.read_results(tmp_path)["rows"]
-    layers, heads, read, token = 2, 4, 36, 2 * 16 * 4  # query heads, tokens each reads, k and v of float32
-    assert 0 < row["recall_hit_rate"] < 1
-    assert row["recall_bytes_per_step"] == pytest.approx((1 - row["recall_hit_rate"]) * layers * heads * read * token)
-    assert "of pages wanted at hand" in row["note"]
 
 
 @pytest.mark.slow

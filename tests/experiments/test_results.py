@@ -46,3 +46,9 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
         write_atomically(file, "new" * 100_000)
     assert file.read_text() == "old"
     assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        Results(tmp_path / "file" / "results.json", META)

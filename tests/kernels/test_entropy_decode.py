@@ -23,6 +23,17 @@ def test_a_backend_equals_the_reference(backend, name):
     assert_same_attention(got, want, 2e-2 if CASES[name].dtype == "bfloat16" else 2e-4)
 
 
+@pytest.mark.parametrize("name", ["planes", "positions", "positions-per-head", "sliding-window"])
+def test_shapes_are_those_of_the_arguments_but_for_the_size_of_slots(name):
+    """A drawn slot holds any codes."""
+
+    def sizeless(arguments):
+        return jax.tree.map(lambda x: x[..., :1] if x.dtype in (jnp.uint16, jnp.uint32) else x, arguments)
+
+    shapes = jax.eval_shape(lambda *x: sizeless(x), *CASES[name].shapes())
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, sizeless(CASES[name].arguments()[0]))
+
+
 def optimal_cost(weights):
     """Bits of an unbounded Huffman code, by merging."""
     import heapq
