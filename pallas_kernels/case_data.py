@@ -30,13 +30,12 @@ def draw_positions(
     Args:
       kind: None (no positions), "shared" by the heads, or "per head".
     """
-    if kind is None:
+    pos, q_pos = position_shapes(kind, shape, num_queries)
+    if pos is None or q_pos is None:
         return None, None
-    batch, heads, slots = shape
-    shape = (batch, heads if kind == "per head" else 1, slots)
-    places = rng.permuted(np.broadcast_to(np.arange(slots), shape), axis=-1)
-    pos = jnp.asarray(np.where(rng.random(shape) < 0.2, -1, places), jnp.int32)
-    return pos, jnp.full((batch, num_queries), slots - 3, jnp.int32)
+    places = rng.permuted(np.broadcast_to(np.arange(shape[-1]), pos.shape), axis=-1)
+    drawn = np.where(rng.random(pos.shape) < 0.2, -1, places)
+    return jnp.asarray(drawn, jnp.int32), jnp.full(q_pos.shape, shape[-1] - 3, jnp.int32)
 
 
 def position_shapes(
