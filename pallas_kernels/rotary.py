@@ -21,7 +21,7 @@ TURN = (6.28125, 254 / 2**17, 6.283185307179586 - 6.28125 - 254 / 2**17)  # a tu
 
 def cosine(angle: jax.Array, phase: jax.Array) -> jax.Array:
     """cos(angle - phase) of f32 angles up to 2**16 turns and phases within half a turn, right to 1e-6."""
-    turns = jnp.floor((angle - phase) * (1 / 6.283185307179586) + 0.5)
+    turns = jnp.floor(angle * (1 / 6.283185307179586) + (0.5 - phase * (1 / 6.283185307179586)))
     for part in TURN:
         angle = angle - turns * part
     return _polynomial(COS, jnp.square(angle - phase))

@@ -2,7 +2,21 @@
 
 import dataclasses
 
+import jax
+
+from pallas_kernels.codebook_decode.rows import CodebookRows
+from pallas_kernels.formats import Format
+from pallas_kernels.quantized_decode import block_sizes
+
 BLOCKED = 512  # as in `quantized_decode`
+
+
+def tpu_sizes(q: jax.Array, k: CodebookRows, v: CodebookRows) -> tuple[int, int]:
+    """Tokens of a block and of a tile, as for codes with a scale a token."""
+    return block_sizes.tpu_sizes(
+        k.num_slots, *((x.codes.shape[3], Format(x.bits, "token", q.shape[3])) for x in (k, v))
+    )
+
 
 _TILE = 64  # slots of a step of online softmax
 _CHANNELS = 32  # that are decoded at a time: pairs of keys, channels of values

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tpu_decode
+from pallas_kernels.codebook_decode.block_sizes import tpu_sizes
 from pallas_kernels.codebook_decode.rows import CodebookRows
 from pallas_kernels.codebook_decode.tpu_queries import lane_turns, queries
 from pallas_kernels.codebook_decode.tpu_side import Levels
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.formats import Format
-from pallas_kernels.quantized_decode.block_sizes import tpu_sizes
 from pallas_kernels.softmax_state import State
 from pallas_kernels.tpu_rows import LANES, SUBLANES, tokens_along_lanes, whole_lanes
 
@@ -35,8 +35,7 @@ def codebook_decode(
     for count in joined:
         _check(dim, count)
     formats = [Format(x.bits, "token", dim) for x in (k, v)]
-    sides = [(dim * count, fmt) for count, fmt in zip(joined, formats, strict=True)]
-    block, tile = tpu_sizes(k.num_slots, *sides)
+    block, tile = tpu_sizes(q, k, v)
     dtype = tpu_decode.product_dtype(q)
     turns = None if k.rope is None else lane_turns(jnp.asarray(k.rope), whole_lanes(dim))
     num_pairs = 0 if k.rope is None else k.rope.shape[1]

@@ -277,8 +277,8 @@ class LevelTile:
 
     def _outlier_logits(self, q: Queries, n: int) -> jax.Array:
         """What outliers add to logits, tokens in order: f32[R, 128]."""
-        values, channels = self._outliers(n)
-        factors = None
+        values, channels, _ = self._outliers(n)
+        factors = [values]
         if self.x.turns is not None:
             turns = self.x.turns[...]
             rows = [
@@ -288,28 +288,30 @@ class LevelTile:
             frequency, phase = (pick(row, channels) for row in rows)
             angle = self._by_token(self.x.pos, n) * frequency
             other = jnp.where(channels < 2 * self.side.num_pairs, math.pi / 2 - phase, 0.0)
-            factors = cosine(angle, phase), cosine(angle, other)
+            factors = [values * cosine(angle, phase), values * cosine(angle, other)]
         logits = jnp.zeros((q.own.shape[0], LANES), jnp.float32)
         for j in range(self.x.outliers.shape[0]):
             row = slice(j, j + 1)
             index = jnp.broadcast_to(channels[row], logits.shape)
-            own, cross = (None if w is None else pick([w[:, i] for i in lane_slices(w.shape[1])], index) for w in q[:2])
-            if factors is not None:
-                own = own * factors[0][row] + cross * factors[1][row]
-            logits += own * values[row]
+            for w, factor in zip(q, factors, strict=False):  # with `own` alone, or with `cross` too
+                logits += pick([w[:, lanes] for lanes in lane_slices(w.shape[1])], index) * factor[row]
         return logits
 
     def _placed(self, n: int) -> jax.Array:
         """Outliers where they belong, tokens in order along lanes: f32[D, 128]."""
-        values, channels = self._outliers(n)
+        values, channels, mine = self._outliers(n)
+        channels = jnp.where(mine, channels, -1)
         channel = lax.broadcasted_iota(jnp.int32, (self.side.dim, LANES), 0)
         placed = jnp.zeros(channel.shape, jnp.float32)
         for j in range(self.x.outliers.shape[0]):
-            placed = jnp.where((channel == channels[j : j + 1]) & (values[j : j + 1] != 0), values[j : j + 1], placed)
+            placed = jnp.where(channel == channels[j : j + 1], values[j : j + 1], placed)
         return placed
 
-    def _outliers(self, n: int) -> tuple[jax.Array, jax.Array]:
-        """Outliers of 128 tokens in order, zero where they are another head's, and their channels in the head."""
+    def _outliers(self, n: int) -> tuple[jax.Array, ...]:
+        """Outliers of 128 tokens in order and their channels in the head; both are 0 where they are another head's.
+
+        Which are this head's comes third.
+        """
         values = self._by_token(self.x.outliers, n)
         channels = self.x.channels[:, self._lanes(n)].astype(jnp.int32) & 0xFFFF
         if self.x.first is not None:
@@ -317,7 +319,7 @@ class LevelTile:
         mine = (channels >= 0) & (channels < self.side.dim)
         values, channels = jnp.where(mine, values, 0.0), jnp.where(mine, channels, 0)
         rows = max(values.shape[0], 2)  # Mosaic gathers along lanes for more than one row
-        return tuple(jnp.broadcast_to(x, (rows, LANES)) if x.shape[0] == 1 else x for x in (values, channels))
+        return tuple(jnp.broadcast_to(x, (rows, LANES)) if x.shape[0] == 1 else x for x in (values, channels, mine))
 
     def _in_order(self, x: Any, n: int) -> jax.Array:
         """One number a token, f32[1, 128] in the order of `places`."""
