@@ -4,7 +4,7 @@ import dataclasses
 
 BLOCKED = 512  # as in `quantized_decode`
 
-_TILE = 64  # slots of a step of online softmax
+_TILE = 32  # slots of a step of online softmax; 64 take twice the instructions a step, and all registers
 _CHANNELS = 32  # that are decoded at a time: pairs of keys, channels of values
 _PROGRAMS = 4 * 132 * 4  # four waves of programs on an H200: its processors times the programs that fit one
 
