@@ -63,7 +63,7 @@ def rank_for(energy: np.ndarray, share: float) -> int:
     axis="quantise",
     bits="16 or 32, or of codes, for a part of the channels",
     source="ZeroC, Zhang and Shen 2024, arXiv:2408.04107",
-    advice="Reads cost less with each dimension cut; below three quarters of them quantising loses less for its bytes.",
+    advice="Where attention itself shall cost less; small heads lose much with few dimensions, and less at fewer bits.",
     settings=("", "rank=48", "rank=32"),
     calibrate=calibrate,
 )
