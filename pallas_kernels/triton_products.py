@@ -1,8 +1,8 @@
 """Products on tensor cores in Triton that keep what float32 has.
 
 Tensor cores read 11 of a float32's 24 bits. Triton's own three products ("tf32x3") split both operands in every
-call and look for what is not finite in each: more than half of a loop's instructions, and registers for low parts that
-codes do not have.
+call and look for what is not finite in each: more than a third of the instructions of a loop over 4-bit codes, and
+registers for low parts that codes do not have.
 """
 
 import triton
