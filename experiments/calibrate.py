@@ -101,8 +101,8 @@ def collect(lm: models.LanguageModel, samples: np.ndarray, advance: Any) -> list
 
 def _joined(samples: Sequence[Activations]) -> Activations:
     """One layer's activations of several samples as those of one."""
-    *arrays, ropes = zip(*samples, strict=True)
-    return Activations(*(np.concatenate(x) for x in arrays), rope=ropes[0])
+    *arrays, ropes, weights = zip(*samples, strict=True)
+    return Activations(*(np.concatenate(x) for x in arrays), rope=ropes[0], o_weight=weights[0])
 
 
 def _method(text: str) -> tuple[str, Any, dict[str, Any]]:

@@ -68,8 +68,8 @@ def _empty(spec: LayerSpec, batch: int, num_kv_heads: int, head_dim: int, dtype:
         init_tier(rung, step if spec.divided else None, spec, batch, num_kv_heads, head_dim, dtype)
         for rung, step in zip(spec.rungs, spec.steps, strict=True)
     )
-    if spec.prefill == "stored" and jax.tree.leaves([(tier.k_codec, tier.v_codec) for tier in tiers]):
-        raise ValueError("prefill='stored' needs codecs without parameters a row, which fit to a whole prompt.")
+    if spec.prefill == "stored" and any(codec.fits for rung in spec.rungs for codec in (rung.k, rung.v)):
+        raise ValueError("prefill='stored' needs codecs without parameters that fit to a whole prompt.")
     return LayerCache(
         spec=spec,
         sinks=exact(spec.policy.num_sinks, False) if spec.policy.num_sinks else None,

@@ -48,13 +48,14 @@ def kernels_in_use(cache: LayerCache, *, num_heads: int | None = None) -> tuple[
 
 def _of_tier(cache: LayerCache, tier: Tier, queries: Queries) -> TierKernel:
     codecs = (tier.k_codec.name, tier.v_codec.name)
-    tier, policy = as_stored(tier), cache.spec.policy
+    policy = cache.spec.policy
     if tier.heads is not None:
         rows = (queries.q.shape[0], len(tier.heads), *queries.q.shape[2:])
         queries = dataclasses.replace(queries, q=jax.ShapeDtypeStruct(rows, jnp.float32))
     why = None
     if tier.lookup is not None:
         return _of_lookup(codecs, tier, queries, policy.num_sinks)
+    entering, tier = tier.k_codec, as_stored(tier)
     if tier.stat is not None and policy.needs_probs:
         why = f"{type(policy).__name__} needs each token's probability, which the fused read does not return."
     elif tier.head is not None:
@@ -65,6 +66,7 @@ def _of_tier(cache: LayerCache, tier: Tier, queries: Queries) -> TierKernel:
         why = f"{queries.q.shape[2]} query heads a KV head exceed {FUSED_ROWS}."
     if why:
         return TierKernel(codecs, "dot and mix", "xla", (("fused", why),))
+    queries = dataclasses.replace(queries, q=jax.eval_shape(lambda codec, q: codec.enter(q), entering, queries.q))
     with recording() as choices:
         jax.eval_shape(lambda q, t: attend_stored(q, t, policy.num_sinks), queries, tier)
     choice: Choice = choices[-1]

@@ -10,6 +10,7 @@ from jax import lax
 
 from kvcomp_jax.attention import AttnState, from_logits, merge, unit
 from kvcomp_jax.codecs import Affine, Codec, Encoded, Entropy, Homomorphic, Identity, Packs
+from kvcomp_jax.codecs.low_rank import RANKS, Coefficients
 from kvcomp_jax.heads import owners, side_by_side
 from kvcomp_jax.orders import Order, permute
 from kvcomp_jax.policies import Stat
@@ -20,11 +21,15 @@ from kvcomp_jax.types import pytree, static
 from pallas_kernels.codebook_decode import codebook_decode
 from pallas_kernels.codebook_decode.rows import CodebookRows
 from pallas_kernels.entropy_decode import entropy_decode
+from pallas_kernels.formats import Format
 from pallas_kernels.homomorphic_decode import homomorphic_decode
+from pallas_kernels.low_rank_decode import low_rank_decode
 from pallas_kernels.prefill.reference import capped
 from pallas_kernels.quantized_decode import quantized_decode
+from pallas_kernels.rows import Rows, dim
 
 READ_BLOCK = 512  # tokens decoded at a time, so that a decoded block is used while it is in cache
+_Formats = tuple[Format | None, Format | None]  # of keys and of values; None is dense
 FUSED_ROWS = 64  # queries a KV head up to which a read is bound by bytes, and a fused kernel pays
 
 
@@ -216,7 +221,7 @@ def attend_by_blocks(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
         logits = logits_of(queries, tier.k_codec, tier.k, pos)
         return from_logits(logits, visible(queries, pos, tier.head), mix_of(tier.v_codec, tier.v, pos))[0]
 
-    def body(j: jax.Array, state: AttnState) -> AttnState:
+    def block(j: jax.Array) -> AttnState:
         first = jnp.minimum(j * step, tier.capacity - step)
         k, v = (_slice_rows(x, first, step, tier.capacity) for x in (tier.k, tier.v))
         slots = first + jnp.arange(step)
@@ -224,35 +229,47 @@ def attend_by_blocks(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
         here = jnp.where((slots >= j * step)[None, None], here, -1)  # the last block may reach back
         head = tier.head if tier.head is None else lax.dynamic_slice_in_dim(tier.head, first, step, 2)
         logits = logits_of(queries, tier.k_codec, k, here)
-        return merge(state, from_logits(logits, visible(queries, here, head), mix_of(tier.v_codec, v, here))[0])
+        return from_logits(logits, visible(queries, here, head), mix_of(tier.v_codec, v, here))[0]
 
-    return lax.fori_loop(0, (filled_slots(tier).max() + step - 1) // step, body, unit(queries.q.shape))
+    nothing = unit(jax.eval_shape(block, jnp.int32(0)).acc.shape)  # values may have another rank than queries
+    num_blocks = (filled_slots(tier).max() + step - 1) // step
+    return lax.fori_loop(0, num_blocks, lambda j, state: merge(state, block(j)), nothing)
 
 
 def fused_kernel(tier: Tier) -> Callable[[Queries, Tier, int], AttnState] | None:
     """The fused read of a tier `as_stored`, by its pair of codecs; None where there is only `dot` and `mix`."""
     if tier.head is not None:
         return None
+    if _low_rank_rows(tier) is not None:
+        return _attend_low_rank
     found = _FUSED.get((tier.k_codec.kind, tier.v_codec.kind))
     return _attend_codebook if found is None and _codebook_rows(tier) is not None else found
 
 
 def _attend_quantized(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
-    return _attend_fused(quantized_decode, (tier.k, tier.v), queries, tier, num_sinks)
+    return _attend_fused(quantized_decode, (tier.k, tier.v), _formats(queries, tier), queries, tier, num_sinks)
+
+
+def _attend_low_rank(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
+    rows, formats = cast(tuple[tuple[Rows, Rows], _Formats], _low_rank_rows(tier))
+    return _attend_fused(low_rank_decode, rows, formats, queries, tier, num_sinks)
 
 
 def _attend_homomorphic(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
     k_codec, v_codec = cast(Homomorphic, tier.k_codec), cast(Homomorphic, tier.v_codec)
     rows = (tier.k.rows, tier.v.rows, k_codec.sums(tier.k), v_codec.sums(tier.v))
-    return _attend_fused(homomorphic_decode, rows, queries, tier, num_sinks)
+    return _attend_fused(homomorphic_decode, rows, _formats(queries, tier), queries, tier, num_sinks)
 
 
 def _attend_fused(
-    operation: Callable[..., Any], rows: tuple[Any, ...], queries: Queries, tier: Tier, num_sinks: int
+    operation: Callable[..., Any],
+    rows: tuple[Any, ...],
+    formats: _Formats,
+    queries: Queries,
+    tier: Tier,
+    num_sinks: int,
 ) -> AttnState:
     """Call an operation that takes queries, rows, the slots filled and, where they decide, positions."""
-    head_dim = queries.q.shape[-1]
-    k_codec, v_codec = (cast(Affine | Homomorphic, codec) for codec in (tier.k_codec, tier.v_codec))
     by_age = tier.pos is None and queries.sliding_window is None  # then all that is there is visible
     acc, top, total = operation(
         queries.q,
@@ -260,12 +277,35 @@ def _attend_fused(
         filled_slots(tier),
         None if by_age else tier_pos(tier, num_sinks),
         None if by_age else queries.pos,
-        k_format=k_codec.format(head_dim),
-        v_format=v_codec.format(head_dim),
+        k_format=formats[0],
+        v_format=formats[1],
         soft_cap=queries.soft_cap,
         sliding_window=queries.sliding_window,
     )
     return AttnState(acc=acc, max=top, sum=total)
+
+
+def _formats(queries: Queries, tier: Tier) -> _Formats:
+    """Formats of the codes of keys and values, which have as many channels as queries."""
+    head_dim = queries.q.shape[-1]
+    k_codec, v_codec = (cast(Affine | Homomorphic, codec) for codec in (tier.k_codec, tier.v_codec))
+    return k_codec.format(head_dim), v_codec.format(head_dim)
+
+
+def _low_rank_rows(tier: Tier) -> tuple[tuple[Rows, Rows], _Formats] | None:
+    """Keys and values as operands of `low_rank_decode`, and their formats; None if they are not, or neither is reduced.
+
+    Beside coefficients the other side may have all its channels.
+    """
+    codecs = (tier.k_codec, tier.v_codec)
+    plain = [codec.inner if isinstance(codec, Coefficients) else codec for codec in codecs]
+    if not any(isinstance(c, Coefficients) for c in codecs) or not all(isinstance(c, Identity | Affine) for c in plain):
+        return None
+    rows = (tier.k, tier.v)
+    if any(dim(x) % RANKS for x in rows):
+        return None
+    k, v = (c.format(dim(x)) if isinstance(c, Affine) else None for c, x in zip(plain, rows, strict=True))
+    return rows, (k, v)
 
 
 def _attend_entropy(queries: Queries, tier: Tier, num_sinks: int) -> AttnState:
@@ -325,7 +365,8 @@ def filled_slots(tier: Tier) -> jax.Array:
 
 
 def _is_exact(tier: Tier) -> bool:
-    return isinstance(tier.k_codec, Identity) and isinstance(tier.v_codec, Identity)
+    plain = (codec.inner if isinstance(codec, Coefficients) else codec for codec in (tier.k_codec, tier.v_codec))
+    return all(isinstance(codec, Identity) for codec in plain)
 
 
 def _slice_rows(enc: Encoded, first: jax.Array, num_tokens: int, capacity: int) -> Encoded:

@@ -1,4 +1,4 @@
-"""Keys, values and queries of a model on a text, and how much its loss minds the first two."""
+"""Keys, values and queries of a model on a text, how much its loss minds the first two, and what values meet."""
 
 import functools
 from typing import Any
@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from kvcomp_jax.calibrate import Activations
 from models.language_model import LanguageModel
+from models.layers import output_weight
 from models.transformer import Transformer
 from pallas_kernels import dispatch
 
@@ -44,7 +45,9 @@ def activations(lm: LanguageModel, tokens: np.ndarray) -> list[Activations]:
     for layer in range(config.num_layers):
         (k, k_weight), (v, v_weight) = of(layer, "k"), of(layer, "v")
         q = np.asarray(seen[_path(lm.model, layer, "q")], np.float32).reshape(shape) * np.float32(scale)
-        layers.append(Activations(k, v, k_weight, v_weight, q, lm.layout.rope(layer, len(tokens))))
+        projection = lm.params["params"][f"layers_{layer}"]["attn"]["o_proj"]
+        o_weight = np.asarray(output_weight(projection, config), np.float32)
+        layers.append(Activations(k, v, k_weight, v_weight, q, lm.layout.rope(layer, len(tokens)), o_weight))
     return layers
 
 

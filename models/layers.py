@@ -152,12 +152,16 @@ class Attention(nn.Module):
 
     def _output_norm(self, v: jax.Array) -> jax.Array:
         """Of each value, what the output projection can make of it: [B, T, K, D] -> f32[B, T, K]."""
-        c = self.config
-        weight = dense_weight(self.variables["params"]["o_proj"], c.integers)
-        if c.rotate_heads:
-            by_head = weight.reshape(weight.shape[0], c.num_heads, c.head_dim)
-            weight = hadamard_blocks(by_head.swapaxes(-1, -2)).swapaxes(-1, -2).reshape(weight.shape)
-        return kvc.output_norm(v, weight)
+        return kvc.output_norm(v, output_weight(self.variables["params"]["o_proj"], self.config))
+
+
+def output_weight(params: Any, config: ModelConfig) -> jax.Array:
+    """What a layer's attention outputs are multiplied by, [M, H * D], from the parameters of its output projection."""
+    weight = dense_weight(params, config.integers)
+    if not config.rotate_heads:
+        return weight
+    by_head = weight.reshape(weight.shape[0], config.num_heads, config.head_dim)
+    return hadamard_blocks(by_head.swapaxes(-1, -2)).swapaxes(-1, -2).reshape(weight.shape)
 
 
 class MLP(nn.Module):

@@ -14,7 +14,7 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.formats import Format, Quantized
 from pallas_kernels.quantized_decode.block_sizes import gpu_sizes
 from pallas_kernels.softmax_state import MASK_VALUE, State
-from pallas_kernels.triton_rows import add_values, channels, constants, dot_keys
+from pallas_kernels.triton_rows import add_values, channels, constants, dot_keys, quarters
 from pallas_kernels.triton_words import bias_of, per_word
 
 DEAD = tl.constexpr(MASK_VALUE)
@@ -55,7 +55,7 @@ def attend(
     places = max(1 if fmt is None else per_word(fmt.bits) for fmt in (k_format, v_format))
     page_size = 0 if page_length is None else slots // page_length.shape[-1]
     reach = slots if page_index is None else page_size * page_index.shape[-1]
-    sizes = gpu_sizes(batch * heads, reach, num_rows, places, paged=page_size > 0)
+    sizes = gpu_sizes(batch * heads, reach, num_rows, places, q.dtype == jnp.float32)
     optional = [length if x is None else x for x in (pos, q_pos, page_index, page_length)]
     split = jax.ShapeDtypeStruct((batch, heads, sizes.splits, num_rows), jnp.float32)
     acc, top, total = triton_calls.call(
@@ -78,7 +78,7 @@ def attend(
             "words": sizes.words,
             "places": places,
             "tiles": sizes.tiles,
-            **constants("k", k_format, dim, sizes.key_channels),
+            **constants("k", k_format, dim, sizes.key_channels, sizes.key_cuts),
             **constants("v", v_format, rows.dim(v), sizes.value_channels),
         },
         interpret=interpret,
@@ -152,10 +152,11 @@ def _attend(
         for part in tl.static_range(k_passes):
             logits = dot_keys(logits, q[part], part, k_ptr, k_scale_ptr, k_zero_ptr, base, unit, places, num_slots,
                                k_dim, k_bits, k_by_token, k_group, k_middle, k_cut, k_part, k_stride)  # fmt: skip
+        here = _positions(pos_ptr, unit, live_places, places, pos_heads, num_slots)
         p, most = (), top
         for place in tl.static_range(places):
             x = soft_cap * tanh(logits[place] / soft_cap) if soft_cap > 0 else logits[place]
-            live = see(pos_ptr, unit * places + place, place < live_places, q_pos, pos_heads, sliding_window)
+            live = see(here[place], place < live_places, q_pos, pos_heads, sliding_window)
             p = p + (tl.where(live, x, DEAD),)
         peak = p[0]
         for place in tl.static_range(1, places):
@@ -196,11 +197,33 @@ def _in_pages(unit, live_places, places: tl.constexpr, index_ptr, length_ptr, pa
 
 
 @triton.jit
-def see(pos_ptr, slot, exists, q_pos, pos_heads: tl.constexpr, sliding_window: tl.constexpr):
-    """Which of the slots that exist the queries see: bool[words, 1 or R]."""
+def _positions(ptr, unit, live_places, places: tl.constexpr, pos_heads: tl.constexpr, num_slots: tl.constexpr):
+    """Positions at each place of the units, a tuple of i32[words]; of what is not live, anything."""
+    if pos_heads == 0 or places == 1:
+        return (position(ptr, unit, live_places > 0, pos_heads),) * places
+    else:
+        near, out = tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :], ()
+        for place in tl.static_range(0, places, 4):
+            slot = tl.minimum((unit * places + place)[:, None, None], num_slots - 4) + near
+            out = out + quarters(tl.load(ptr + slot))
+        return out
+
+
+@triton.jit
+def position(ptr, slot, exists, pos_heads: tl.constexpr):
+    """Positions of the slots that exist; where there are none, anything."""
+    if pos_heads > 0:
+        return tl.load(ptr + slot, mask=exists, other=-1)
+    else:
+        return slot
+
+
+@triton.jit
+def see(here, exists, q_pos, pos_heads: tl.constexpr, sliding_window: tl.constexpr):
+    """Which of the slots that exist, at positions `here`, the queries see: bool[words, 1 or R]."""
     live = exists[:, None]
     if pos_heads > 0:
-        here = tl.load(pos_ptr + slot, mask=exists, other=-1)[:, None]
+        here = here[:, None]
         live = live & (here >= 0) & (here <= q_pos[None, :])
         if sliding_window > 0:
             live = live & (here > q_pos[None, :] - sliding_window)
@@ -222,7 +245,8 @@ def fold(
     """Fold a tile of logits f32[tile, R] into the softmax: probabilities, what is kept of acc, new total and top."""
     if soft_cap > 0:
         logits = soft_cap * tanh(logits / soft_cap)
-    logits = tl.where(see(pos_ptr, slot, slot < length, q_pos, pos_heads, sliding_window), logits, DEAD)
+    here = position(pos_ptr, slot, slot < length, pos_heads)
+    logits = tl.where(see(here, slot < length, q_pos, pos_heads, sliding_window), logits, DEAD)
     most = tl.maximum(top, tl.max(logits, 0))
     keep, p = tl.exp(top - most), tl.exp(logits - most[None, :])
     return p, keep, total * keep + tl.sum(p, 0), most

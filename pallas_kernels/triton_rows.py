@@ -12,19 +12,21 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.formats import Format
+from pallas_kernels.triton_products import precise_dot
 from pallas_kernels.triton_words import bias_of, biased_codes, load_words, per_word, scaled_codes
 
 
-def constants(name: str, fmt: Format | None, dim: int, width: int) -> dict:
+def constants(name: str, fmt: Format | None, dim: int, width: int, cuts: int = 1) -> dict:
     """What the kernel must know of rows; None is dense.
 
     Channels are worked on in `passes` passes over `cut` cuts of `part` channels, `stride` apart and under one scale
-    per token each: `width` channels at a time, whatever `dim`, bound the registers a tile takes.
+    per token each: `width` channels at a time, whatever `dim`, bound the registers a tile takes. `cuts` or more, if
+    channels have no groups: warps that have none of their own all do the same.
     """
     by_token = fmt is not None and fmt.axis == "token"
     group = fmt.group_size if fmt is not None and by_token else triton.next_power_of_2(dim)
     whole = group < 16 or group & (group - 1)  # a group that cannot be cut
-    stride = group if whole else min(group, width)
+    stride = group if whole else min(group, width // cuts)
     part = max(16, triton.next_power_of_2(stride))
     cut = min(max(1, width // part), triton.next_power_of_2(triton.cdiv(dim, stride)))
     return {
@@ -79,27 +81,30 @@ def dot_keys(
         if place % per_word(bits) == 0:
             low, high = load_words(ptr, head, unit[None, :, None], place, places, channel, exists, num_slots, dim, bits)
         if bits > 8:
-            x = tl.dot(low.to(q.dtype), q, input_precision="tf32x3")
+            x = precise_dot(low.to(q.dtype), q)
         elif by_token:
             if place % 4 == 0:
                 scales, zeros = _of_tokens(scale_ptr, zero_ptr, head, unit, place, places, part_index,
                                            num_slots, dim, group, middle, cut, stride)  # fmt: skip
             scale, zero = _pair(scales, zeros, place % 4, middle)
-            x = tl.dot(biased_codes(low, high, bits, place, q.dtype), q, input_precision="tf32x3")
+            x = precise_dot(biased_codes(low, high, bits, place, q.dtype), q)
             x = x * scale + q_sum * (zero - bias * scale)
-        elif bias > 0:
-            if place % per_word(bits) == 0:
-                scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel,
-                                           exists, num_slots, dim, group, middle)  # fmt: skip
-                factor = tl.broadcast_to(scale.to(q.dtype), low.shape)
-                zero_logits = tl.dot(zero.to(q.dtype), q)
-            x = tl.dot(scaled_codes(low, high, factor, factor * -bias, bits, place), q, zero_logits)
+        elif bits == 8:  # finer than 16-bit floats: rounded once, as a whole
+            scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel, exists,
+                                       num_slots, dim, group, middle)  # fmt: skip
+            codes = biased_codes(low, high, bits, place, q.dtype).to(tl.float32) * scale + zero
+            x = precise_dot(codes.to(q.dtype), q)
         else:
             if place % per_word(bits) == 0:
                 scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, :, None], place, places, channel,
                                            exists, num_slots, dim, group, middle)  # fmt: skip
-            codes = biased_codes(low, high, bits, place, tl.float32) * scale + zero
-            x = tl.dot(codes.to(q.dtype), q, input_precision="tf32x3")
+                factor = tl.broadcast_to(scale.to(q.dtype), low.shape)
+                zero_logits = precise_dot(zero.to(q.dtype), q)
+            if bias > 0:
+                codes = scaled_codes(low, high, factor, factor * -bias, bits, place)
+            else:
+                codes = biased_codes(low, high, bits, place, q.dtype).to(q.dtype) * factor
+            x = precise_dot(codes, q, zero_logits)
         out = out + (logits[place] + tl.sum(x, 0),)
     return out
 
@@ -133,8 +138,8 @@ def add_values(
                 scale, zero = _of_channels(scale_ptr, zero_ptr, head, unit[None, None, :], place, places, channel,
                                            exists, num_slots, dim, group, middle)  # fmt: skip
             scaled = p[place][None].to(dtype)
-            codes = (biased_codes(low, high, bits, place, tl.float32) * scale + zero).to(dtype)
-        acc = tl.dot(codes, scaled, acc, input_precision="tf32x3")
+            codes = (biased_codes(low, high, bits, place, tl.float32).to(tl.float32) * scale + zero).to(dtype)
+        acc = precise_dot(codes, scaled, acc)
     return acc, shift, seen
 
 
@@ -171,20 +176,20 @@ def _of_tokens(
         zeros = (tl.load(zero_ptr + at, mask=exists, other=0),) if middle < 0 else scales
     else:
         near = tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
-        slot = tl.minimum((unit * places + place)[:, None, None], num_slots - 4) + near
-        at = (head * num_slots + slot)[None] * (dim // group) + index[:, :, :, None]
-        scales = _quarters(tl.load(scale_ptr + at, mask=exists[:, :, :, None], other=0))
-        zeros = _quarters(tl.load(zero_ptr + at, mask=exists[:, :, :, None], other=0)) if middle < 0 else scales
+        slot = tl.minimum((unit * places + place)[:, None, None, None], num_slots - 4) + near
+        at = (head * num_slots + slot)[None] * (dim // group) + index[:, :, :, None, None]
+        scales = quarters(tl.load(scale_ptr + at, mask=exists[:, :, :, None, None], other=0))
+        zeros = quarters(tl.load(zero_ptr + at, mask=exists[:, :, :, None, None], other=0)) if middle < 0 else scales
     return scales, zeros
 
 
 @triton.jit
-def _quarters(x):
-    """[cut, units, 2, 2] -> four [cut, units, 1], in order."""
-    early, late = tl.split(tl.permute(x, (0, 1, 3, 2)))
-    a, b = tl.split(early)
-    c, d = tl.split(late)
-    return a[:, :, None], b[:, :, None], c[:, :, None], d[:, :, None]
+def quarters(x):
+    """[*b, 2, 2] -> four [*b], in order."""
+    even, odd = tl.split(x)
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
 
 
 @triton.jit

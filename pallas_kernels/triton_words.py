@@ -65,22 +65,18 @@ def codes_in_order(
 
 @triton.jit
 def biased_codes(low, high, bits: tl.constexpr, place: tl.constexpr, dtype: tl.constexpr):
-    """Codes at one place, `bias_of` added."""
+    """Codes at one place in bfloat16, which holds them, `bias_of` products in `dtype` added."""
     if bits == 8:
         codes = (low.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-        return codes.to(dtype)
-    elif dtype == tl.bfloat16:
+        return codes.to(tl.bfloat16)
+    elif bias_of(bits, dtype) > 0:
         args = [low, high] if bits == 3 else [low]
         return tl.inline_asm_elementwise(
             _asm(bits, place, False), _constraints(bits, False), args, tl.bfloat16, True, 2
         )
     else:
-        width: tl.constexpr = 2 if bits == 3 else bits
-        codes = (low >> (place * width)) & ((1 << width) - 1)
-        if bits == 3:
-            codes |= (high >> place & 1) << 2
-        codes = ((codes << 16) | 0x43000000).to(tl.float32, bitcast=True) - 128.0
-        return codes.to(dtype)
+        one = tl.full(low.shape, 1.0, tl.bfloat16)
+        return scaled_codes(low, high, one, one * -128.0, bits, place)
 
 
 @triton.jit

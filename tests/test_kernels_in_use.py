@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 import kvcomp_jax as kvc
+from kvcomp_jax.codecs import Affine, Identity
+from kvcomp_jax.tiers import attend_by_blocks, attend_tier
 from pallas_kernels.dispatch import Target, compile_for
-from tests.laws.parts import make, qkv
+from tests.laws.parts import low_rank, make, qkv
 
 
 def test_quantised_rungs_get_the_fused_read():
@@ -61,6 +63,8 @@ def test_reading_a_prompt_takes_the_kernels_of_prefill_and_quantise():
         ("kivi", {"quantized_decode"}),
         ("quarot", {"hadamard", "quantized_decode"}),
         ("hack", {"homomorphic_decode"}),
+        ("zeroc:k_rank=32,v_rank=48,calibration=zeroc.safetensors", {"low_rank_decode"}),
+        ("zeroc:rank=32,bits=4,calibration=zeroc.safetensors", {"low_rank_decode"}),
         ("quest:budget=64,full_layers=0", {"low_rank_decode"}),  # what gather_decode reads its copied pages with
     ],
 )
@@ -98,3 +102,18 @@ def test_numba_reads_a_quantised_cache_on_cpu_in_a_jitted_step(monkeypatch):
     (rung,) = kvc.kernels_in_use(cache, num_heads=9)
     assert rung.backend == "cpu"
     assert "kvcomp_quantized_decode" in jax.jit(kvc.decode).lower(cache, *args).as_text()
+
+
+@pytest.mark.parametrize("whole", ["k", "v"])
+@pytest.mark.parametrize("inner", [Identity(), Affine(bits=4, axis="channel", group_size=16)], ids=repr)
+def test_one_side_of_a_low_rank_beside_all_channels_is_read_by_its_kernel(whole, inner):
+    codecs = {"k": low_rank(inner, 32), "v": low_rank(inner, 48)} | {whole: inner}
+    spec = kvc.LayerSpec(rungs=(kvc.Rung(**codecs, capacity=64),), block_size=16)
+    cache = kvc.init(spec, batch=1, num_kv_heads=2, head_dim=64, dtype=jnp.float32)
+    q, k, v = qkv(3, 1, 64)
+    _, cache = kvc.prefill(cache, q, k, v, jnp.array([48]))
+    (rung,) = kvc.kernels_in_use(cache, num_heads=4)
+    assert rung.operation == "low_rank_decode"
+    queries = kvc.read.make_queries(cache, q[:, -1:], None, None, None)
+    fused, plain = (kvc.finalize(attend(queries, cache.tiers[0], 0)) for attend in (attend_tier, attend_by_blocks))
+    assert jnp.allclose(fused, plain, atol=1e-5)

@@ -20,6 +20,7 @@ class Activations(NamedTuple):
     v_weight: np.ndarray  # f32[N, T, K, D]
     q: np.ndarray | None = None  # f32[N, T, H, D], before rotation, scaled
     rope: Rotary | None = None  # how keys and queries are rotated
+    o_weight: np.ndarray | None = None  # f32[M, H * D], of the output projection
 
 
 # (activations, *, options of the method) -> arrays by name; stacked over layers they are a calibration.

@@ -12,6 +12,7 @@ from kvcomp_jax.codecs.float8 import Float8
 from kvcomp_jax.codecs.homomorphic import Homomorphic
 from kvcomp_jax.codecs.identity import Identity
 from kvcomp_jax.codecs.integer import IntegerCodec
+from kvcomp_jax.codecs.low_rank import LowRank
 from kvcomp_jax.codecs.outliers import Outliers
 from kvcomp_jax.codecs.packs import Packs
 from kvcomp_jax.codecs.per_channel import PerChannel
@@ -36,6 +37,7 @@ __all__ = [
     "Homomorphic",
     "Identity",
     "IntegerCodec",
+    "LowRank",
     "Outliers",
     "Packs",
     "PerChannel",

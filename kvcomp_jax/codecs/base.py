@@ -37,6 +37,11 @@ class Codec(abc.ABC):
         """Whether text positions matter to this codec, so that rungs must remember them."""
         return False
 
+    @property
+    def fits(self) -> bool:
+        """Whether `fit` takes parameters from a prompt, so that its first tokens are stored by what later ones are."""
+        return False
+
     @abc.abstractmethod
     def encode(self, x: jax.Array, pos: jax.Array) -> Encoded:
         """Encode x [*b, S, D] whose tokens stand at text positions pos i32[*b, S]; S is a multiple of `unit`."""

@@ -61,6 +61,11 @@ class ChannelScaled(Wrapper):
         inner = self.inner.prepare(batch, num_kv_heads, head_dim)
         return dataclasses.replace(self, inner=inner, factor=jnp.ones((batch, num_kv_heads, head_dim), _DTYPE))
 
+    @property
+    def fits(self) -> bool:
+        """True: factors are a prompt's."""
+        return True
+
     def fit(self, x: jax.Array, live: jax.Array) -> Self:
         """Return this codec with the factors of a prompt."""
         largest = jnp.where(live[..., None], jnp.abs(x.astype(jnp.float32)), 0.0).max(2)

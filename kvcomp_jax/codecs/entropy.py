@@ -59,6 +59,11 @@ class Entropy(Budgeted):
         lengths = jnp.broadcast_to(self._lengths(), (batch, num_kv_heads, *self._lengths().shape))
         return dataclasses.replace(self, lengths=lengths)
 
+    @property
+    def fits(self) -> bool:
+        """True: tables are a prompt's."""
+        return True
+
     def fit(self, x: jax.Array, live: jax.Array) -> "Entropy":
         """Make the tables from the histograms of a prompt x [B, K, S, D], whole blocks of live tokens bool[B, 1, S].
 

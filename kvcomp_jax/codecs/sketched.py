@@ -96,6 +96,11 @@ class Sketched(Codec):
         """Prepare the inner codec."""
         return dataclasses.replace(self, inner=self.inner.prepare(batch, num_kv_heads, head_dim))
 
+    @property
+    def fits(self) -> bool:
+        """Whether the inner codec does."""
+        return self.inner.fits
+
     def fit(self, x: jax.Array, live: jax.Array) -> "Sketched":
         """Fit the inner codec."""
         return dataclasses.replace(self, inner=self.inner.fit(x, live))

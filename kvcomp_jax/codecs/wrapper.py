@@ -35,6 +35,11 @@ class Wrapper(Codec):
         """Whether the inner codec does."""
         return self.inner.uses_pos
 
+    @property
+    def fits(self) -> bool:
+        """Whether the inner codec does."""
+        return self.inner.fits
+
     def nbits(self, num_tokens: int, head_dim: int) -> int:
         """The inner codec's."""
         return self.inner.nbits(num_tokens, head_dim)

@@ -32,6 +32,7 @@ from kvcomp_jax.methods.snapstream import snapstream
 from kvcomp_jax.methods.streaming_llm import streaming_llm
 from kvcomp_jax.methods.tova import tova
 from kvcomp_jax.methods.turboquant import turboquant
+from kvcomp_jax.methods.zeroc import zeroc
 from kvcomp_jax.methods.zipcache import zipcache
 
 __all__ = [
@@ -74,5 +75,6 @@ __all__ = [
     "streaming_llm",
     "tova",
     "turboquant",
+    "zeroc",
     "zipcache",
 ]

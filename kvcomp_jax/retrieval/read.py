@@ -75,7 +75,7 @@ def _attend(queries: Queries, tier: Tier, num_sinks: int, chosen: Selection) -> 
     """Attend from q [B, K, G, D] to a selection, in the bases that the rows are stored in."""
     stored = as_stored(tier)
     entered = dataclasses.replace(queries, q=tier.k_codec.enter(queries.q))
-    if chosen.first is None and fused(tier):
+    if chosen.first is None and fused(stored):
         state = _attend_fused(entered, stored, chosen.page)
     else:
         state = _attend_gathered(entered, stored, num_sinks, chosen)
@@ -155,5 +155,7 @@ def _attend_gathered(queries: Queries, tier: Tier, num_sinks: int, chosen: Selec
         padded = dataclasses.replace(
             jax.tree.map(lambda x: jnp.pad(x, rest), chosen), page=jnp.pad(chosen.page, rest, constant_values=-1)
         )
-        state = lax.fori_loop(0, num_blocks, body, unit(queries.q.shape))
+        start = jax.tree.map(lambda x: lax.slice_in_dim(x, 0, at_once, axis=3), padded)
+        nothing = unit(jax.eval_shape(block, start).acc.shape)  # values may have another rank than queries
+        state = lax.fori_loop(0, num_blocks, body, nothing)
     return jax.tree.map(lambda x: x.reshape(*shape[:3], *x.shape[3:]), state)

@@ -18,6 +18,7 @@ from pallas_kernels.codebook_decode.rows import CodebookRows
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.softmax_state import State
 from pallas_kernels.triton_attention import LEAST, fold, merge, store_state
+from pallas_kernels.triton_products import precise_dot
 
 
 def codebook_decode(
@@ -135,8 +136,8 @@ def _attend(
             if turns:
                 here = tl.load(pos_ptr + slot, mask=slot < length, other=0)
                 a, b = turn_pairs(a, b, here, tl.load(rope_ptr + pair, mask=pair < half, other=0.0))
-            logits = tl.dot(a.to(q_low[part].dtype), q_low[part], logits, input_precision="tf32x3")
-            logits = tl.dot(b.to(q_low[part].dtype), q_high[part], logits, input_precision="tf32x3")
+            logits = precise_dot(a.to(q_low[part].dtype), q_low[part], logits)
+            logits = precise_dot(b.to(q_low[part].dtype), q_high[part], logits)
         p, keep, total, top = fold(logits, total, top, pos_ptr, slot, length, q_pos,
                                    pos_heads, soft_cap, sliding_window)  # fmt: skip
         p = p.to(q_low[0].dtype)
@@ -146,7 +147,7 @@ def _attend(
             x = decode_tile(v_ptr, v_levels, v_scale_ptr, v_zero_ptr, v_outlier_ptr, v_index_ptr, v_unit_ptr,
                             v_offset_ptr, base, start, channel, channel < dim, tile, num_slots, dim, v_bits, v_heads,
                             v_scaled, v_shifted, v_outliers, v_by_channel)  # fmt: skip
-            acc = acc + (tl.dot(tl.trans(x.to(p.dtype)), p, old[part] * keep[None, :], input_precision="tf32x3"),)
+            acc = acc + (precise_dot(tl.trans(x.to(p.dtype)), p, old[part] * keep[None, :]),)
     store_state(acc, total, top, acc_ptr, top_ptr, total_ptr, base, split, row, num_rows, dim, channels, passes)
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton_attention import DEAD, see, tanh
+from pallas_kernels.triton_attention import DEAD, position, see, tanh
 
 
 @triton.jit
@@ -44,7 +44,8 @@ def finish_logits(
     """Cap and mask logits [slots, R], store those that exist, and return the maximum with `top`."""
     if soft_cap > 0:
         logits = soft_cap * tanh(logits / soft_cap)
-    live = see(pos_ptr, slot, exists & (slot < length), q_pos, pos_heads, sliding_window)
+    filled = exists & (slot < length)
+    live = see(position(pos_ptr, slot, filled, pos_heads), filled, q_pos, pos_heads, sliding_window)
     logits = tl.where(live, logits, DEAD)
     at = (head * num_slots + slot)[:, None] * num_rows + row[None, :]
     tl.store(logits_ptr + at, logits, mask=exists[:, None] & (row < num_rows)[None, :])

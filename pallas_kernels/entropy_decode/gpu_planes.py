@@ -5,6 +5,7 @@ import triton.language as tl
 
 from pallas_kernels.entropy_decode.gpu_logits import finish_logits, load_logits, queries, scales
 from pallas_kernels.triton_attention import LEAST
+from pallas_kernels.triton_products import precise_dot
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def dot_planes(
     for start in tl.range(first, tl.minimum(first + slots_of_split, length), block):
         keys = _tile(planes_ptr, heads_ptr, scale_ptr, zero_ptr, base, start, num_slots, dim, block, scale_rows,
                      scale_cols, pack, code_bits, width_bits, num_planes, rounds, channels)  # fmt: skip
-        logits = tl.dot(keys.to(q.dtype), q, input_precision="tf32x3")  # [tokens, R]
+        logits = precise_dot(keys.to(q.dtype), q)  # [tokens, R]
         token = tl.arange(0, rounds * pack)
         top = finish_logits(logits, top, logits_ptr, pos_ptr, base, start + token, token < block, row, length, q_pos,
                             num_rows, num_slots, pos_heads, soft_cap, sliding_window)  # fmt: skip
@@ -60,7 +61,7 @@ def mix_planes(
         total += tl.sum(p, 0)
         if narrow:
             values, p = values.to(tl.bfloat16), p.to(tl.bfloat16)
-        acc = tl.dot(tl.trans(values), p, acc, input_precision="tf32x3")
+        acc = precise_dot(tl.trans(values), p, acc)
     channel = tl.arange(0, channels)
     mask = (channel < dim)[:, None] & (row < num_rows)[None, :]
     tl.store(acc_ptr + out[None, :] * dim + channel[:, None], acc, mask=mask)

@@ -37,8 +37,8 @@ def gpu_blocks(num_queries: int, padded: int, itemsize: int) -> GpuBlocks:
     """Sizes for rows of `padded` elements: logits and accumulators fit 4 warps' registers, tiles an A100's 163 kB.
 
     Rows of 4 bytes an element are split for the tensor cores into three products, and so take more of both; at
-    head_dim 256 some 2 kB of registers spill all the same.
+    head_dim 256 some registers spill all the same.
     """
     wide = itemsize > 2
-    queries = min(32 if wide and padded > 64 else 64, max(1 << (num_queries - 1).bit_length(), 16))
+    queries = min(max(16, 4096 // padded) if wide and padded > 64 else 64, max(1 << (num_queries - 1).bit_length(), 16))
     return GpuBlocks(queries, 32 if wide else 64, 2 if padded * itemsize >= 512 else 3)

@@ -13,6 +13,7 @@ from pallas_kernels import triton_calls
 from pallas_kernels.prefill.block_sizes import gpu_blocks
 from pallas_kernels.prefill.reach import query_blocks
 from pallas_kernels.prefill.reference import MASK_VALUE, in_two_passes
+from pallas_kernels.triton_products import precise_dot
 
 _DEAD = tl.constexpr(MASK_VALUE)
 
@@ -97,7 +98,7 @@ def _prefill(
         mask = (slot < num_slots)[:, None] & (channel < dim)[None, :]
         where = (base + slot)[:, None] * dim + channel[None, :]
         k = tl.load(k_ptr + where, mask=mask, other=0.0)
-        logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        logits = precise_dot(q, tl.trans(k))
         if soft_cap > 0:
             logits = soft_cap * _tanh(logits / soft_cap)
         live = _live(start + t, slot, num_slots, sliding_window)
@@ -106,7 +107,7 @@ def _prefill(
         keep = tl.exp(top - most)
         p = tl.where(live, tl.exp(logits - most[:, None]), 0.0)
         v = tl.load(v_ptr + where, mask=mask, other=0.0)
-        acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
+        acc = acc * keep[:, None] + precise_dot(p.to(v.dtype), v)
         total = total * keep + tl.sum(p, 1)
         top = most
     tl.store(acc_ptr + row[:, None] * dim + channel[None, :], acc, mask=q_mask)
@@ -139,7 +140,7 @@ def _mass(
             q = tl.load(q_ptr + row[:, None] * dim + channel[None, :], mask=q_mask, other=0.0)
             lse = tl.load(lse_ptr + row, mask=t < num_queries, other=0.0)
             at = tl.load(at_ptr + batch * num_queries + t, mask=t < num_queries, other=-1)
-            logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+            logits = precise_dot(q, tl.trans(k))
             if soft_cap > 0:
                 logits = soft_cap * _tanh(logits / soft_cap)
             live = _live(at, slot, num_slots, sliding_window)

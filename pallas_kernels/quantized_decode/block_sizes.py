@@ -40,7 +40,8 @@ _PROGRAMS = 2 * 132 * 8  # two waves of programs on an H200: its processors time
 class GpuSizes:
     """How the Triton kernel cuts a call: `splits` ranges of `tiles` tiles, `words` words high; `rows` queries each.
 
-    `key_channels` and `value_channels` are those that it works on at a time.
+    `key_channels` and `value_channels` are those that it works on at a time, keys' in `key_cuts`, one for each warp
+    that has no words of its own.
     """
 
     splits: int
@@ -48,20 +49,26 @@ class GpuSizes:
     words: int
     rows: int
     key_channels: int
+    key_cuts: int
     value_channels: int
     num_warps: int
     num_stages: int
 
 
-def gpu_sizes(heads: int, slots: int, rows: int, places: int, paged: bool) -> GpuSizes:
-    """Sizes for `heads` rows times KV heads; a load holds `places` slots. Registers are what runs out."""
+def gpu_sizes(heads: int, slots: int, rows: int, places: int, wide: bool) -> GpuSizes:
+    """Sizes for `heads` rows times KV heads; a load holds `places` slots; `wide` queries are float32.
+
+    A warp has the fewest instructions with a tile to itself; it is registers that run out.
+    """
     words = 16 if places > 1 else 32
+    num_warps = (2 if places > 1 else 1) * (2 if wide else 1)
     tiles = -(-slots // (words * places))
     splits = max(1, min(tiles // 2, _PROGRAMS // heads))
     tiles_of_split = -(-tiles // splits)
     padded = 8 if rows <= 8 else 16
-    return GpuSizes(-(-tiles // tiles_of_split), tiles_of_split, words, padded, 32 if paged else 64, 64,
-                    num_warps=1 if places == 1 else 2, num_stages=2)  # fmt: skip
+    cuts = max(1, 16 * num_warps // words)
+    return GpuSizes(-(-tiles // tiles_of_split), tiles_of_split, words, padded, 64 if wide else 64 * cuts, cuts, 64,
+                    num_warps, num_stages=2)  # fmt: skip
 
 
 _H200_PROCESSORS = 132

@@ -61,7 +61,10 @@ def test_another_model_refuses_it(calibrated, text_file, model_folder, tmp_path,
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--method", "kivi"], "kivi: needs no calibration; methods that do: duo_attention, fisher_steps, kvquant"),
+        (
+            ["--method", "kivi"],
+            "kivi: needs no calibration; methods that do: duo_attention, fisher_steps, kvquant, zeroc",
+        ),
         (["--samples", "100"], "the text has 1000 tokens; samples=100 of seq_len=2048 need 204800"),
         (["--seq-len", "0"], "seq_len=0 must be at least 1"),
         (["--method", "kvquant:bit=3"], "kvquant has no option 'bit'"),

@@ -15,6 +15,7 @@ OPTIONS = {
     "fisher_steps": ("fisher_steps", {"num_sinks": 4}),
     "kvquant_3": ("kvquant", {"bits": 3, "outliers": 0.01, "num_sinks": 1, "across_heads": True}),
     "kvquant_2": ("kvquant", {"bits": 2, "outliers": 0.05, "num_sinks": 0, "across_heads": False}),
+    "zeroc": ("zeroc", {}),
     "duo_attention_3_16": ("duo_attention", {"num_sinks": 3, "recent": 16}),
 }
 
@@ -23,7 +24,8 @@ def main() -> None:
     """Write a file for each entry of OPTIONS."""
     draw = np.random.default_rng(0).standard_normal
     shape = (2, 512, 2, 64)
-    layer = Activations(draw(shape), draw(shape), draw(shape) ** 2, draw(shape) ** 2, draw(shape))
+    k, v, k_weight, v_weight, q = draw(shape), draw(shape), draw(shape) ** 2, draw(shape) ** 2, draw(shape)
+    layer = Activations(k, v, k_weight, v_weight, q, o_weight=draw((96, 2 * 64)))
     for name, (method, options) in OPTIONS.items():
         tensors = {key: x[None] for key, x in METHODS[method].calibrate(layer, **options).items()}
         save(FOLDER / f"{name}.safetensors", tensors, About(method, options, "made up"))

@@ -18,6 +18,7 @@ from kvcomp_jax.codecs import (
     Float8,
     Homomorphic,
     Identity,
+    LowRank,
     Outliers,
     Packs,
     PerChannel,
@@ -45,6 +46,12 @@ def per_channel(inner) -> PerChannel:
     return PerChannel(
         inner=inner, scale=Constant(scale.astype(np.float32)), zero_point=Constant(zero_point.astype(np.float32))
     )
+
+
+def low_rank(inner, rank: int, seed: int = 2) -> LowRank:
+    """Random orthonormal directions, for two heads."""
+    drawn = np.random.default_rng(seed).standard_normal((2, HEAD_DIM, rank))
+    return LowRank(inner=inner, basis=Constant(np.linalg.qr(drawn)[0].astype(np.float32)))
 
 
 ROPE = kvc.Rotary(Constant((1e4 ** -(np.arange(24) / 24)).astype(np.float32)), scale=1.2)  # 48 of 64 dimensions
@@ -78,6 +85,11 @@ CODECS = [
     per_channel(PLAIN_LEVELS),
     PreRope(inner=Affine(bits=4, axis="channel", group_size=32), rope=ROPE),
     PreRope(inner=per_channel(AcrossHeads(inner=Outliers(inner=PLAIN_LEVELS, num_outliers=4), num_heads=2)), rope=ROPE),
+    *(low_rank(Identity(), rank) for rank in (16, HEAD_DIM)),
+    *(low_rank(Affine(bits=4, axis=axis, group_size=16), 32) for axis in ("token", "channel")),
+    low_rank(Rotated(inner=Homomorphic(inner=Affine(bits=4, axis="token"))), 32),
+    low_rank(AcrossHeads(inner=Outliers(inner=PLAIN_LEVELS, num_outliers=4), num_heads=2), 48),
+    PreRope(inner=low_rank(Affine(bits=4, axis="channel", group_size=32), 48), rope=ROPE),
     Rotated(inner=Outliers(inner=Codebook(levels=uneven(2), normalise="range"), num_outliers=2)),
     *(Affine(bits=b, axis=a, group_size=32, rounding="stochastic") for b, a in ((2, "token"), (4, "channel"))),
     *(Homomorphic(inner=Affine(bits=2, axis=a, group_size=g)) for a in ("token", "channel") for g in (32, 64)),
@@ -115,6 +127,7 @@ FISHER = "fisher_steps:block_size=32,calibration=fisher_steps.safetensors"
 KVQUANT_3 = "kvquant:calibration=kvquant_3.safetensors"
 KVQUANT_2 = "kvquant:bits=2,outliers=0.05,num_sinks=0,across_heads=False,calibration=kvquant_2.safetensors"
 DUO = "duo_attention:num_sinks=3,recent=16,calibration=duo_attention_3_16.safetensors"
+ZEROC = "zeroc:calibration=zeroc.safetensors"
 PYRAMID = "pyramid_infer:thin=0.5,exceed=8"
 
 QUEST = "quest:budget=48,full_layers=0"
@@ -146,6 +159,9 @@ METHODS = [
     "nvfp4:block_size=16",
     "h2o:budget=90+mxfp4",
     f"{FISHER},window=5",
+    f"{ZEROC},k_rank=32,v_rank=48,num_sinks=2,window=5",
+    f"h2o:budget=90+{ZEROC},rank=32",
+    f"{ZEROC},k_energy=0.8,v_energy=0.7,bits=4,prefill=stored",
     KVQUANT_3,
     f"h2o:budget=140+{KVQUANT_2}",
     "h2o:budget=140+packkv:block_size=32,pack=8",
@@ -190,6 +206,7 @@ FORMS = {
     "hack:group_size=32,num_sinks=2",
     "streaming_llm:budget=40",
     "h2o:budget=0.5,num_sinks=2",
+    f"{ZEROC},k_rank=32,v_rank=48,num_sinks=2,window=5",
     KVQUANT_3,
     "zipcache:block_size=40",
     "snapkv:budget=120,window=16+kivi:bits=4",

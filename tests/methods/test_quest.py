@@ -114,7 +114,14 @@ def test_pages_that_are_not_selected_are_not_read():
 
 @pytest.mark.parametrize(
     "store",
-    ["kivi:bits=4", "int8", "fp8", "turboquant:bits=4", pytest.param("kvcomp:block_size=32", marks=pytest.mark.slow)],
+    [
+        "kivi:bits=4",
+        "int8",
+        "fp8",
+        "turboquant:bits=4",
+        "quarot:bits=4",
+        pytest.param("kvcomp:block_size=32", marks=pytest.mark.slow),
+    ],
 )
 def test_recall_over_compressed_pages(store):
     """A composition reads, of the codes that the quantising method alone would hold, the pages selected."""
