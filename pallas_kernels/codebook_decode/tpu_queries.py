@@ -25,7 +25,7 @@ def queries(q: jax.Array, k: CodebookRows, width: int) -> Queries:
     another, and no lane of the keys moves.
     """
     scale, zero_point = (None if x is None else x[:, :, None] for x in (k.channel_scale, k.channel_zero_point))
-    ones = jnp.ones(q.shape[-1:], jnp.float32)
+    ones = jnp.ones(q.shape, jnp.float32)
     unit = ones if scale is None else scale
 
     def wide(x: jax.Array | None) -> jax.Array | None:
@@ -37,7 +37,7 @@ def queries(q: jax.Array, k: CodebookRows, width: int) -> Queries:
         each = None if k.zero_point is None else own
         return Queries(wide(own), cross, wide(shift), wide(each))  # type: ignore[arg-type]
     n = k.rope.shape[1]
-    factor = jnp.asarray(k.rope)[1]
+    factor = jnp.broadcast_to(jnp.asarray(k.rope)[1], (*q.shape[:-1], n))
     c, d, rest = q[..., :n] * factor, q[..., n : 2 * n] * factor, q[..., 2 * n :]
     own = jnp.concatenate([c, -c, rest], -1) * unit
     cross = jnp.concatenate([d, d, jnp.zeros_like(rest)], -1) * unit
