@@ -68,7 +68,7 @@ def main(config: Config) -> None:
         raise ValueError(f"only={config.only!r} is no regular expression: {error}.") from error
     groups = [(name, group, found) for name in names for group, found in _groups(name, config)]
     if not groups:
-        raise ValueError(f"only={config.only!r} is found in no program; they have names like 'hadamard / tpu / head_dim-64'.")
+        raise ValueError(f"only={config.only!r} is found in no program; one is named 'quantized_decode / tpu / split'.")
     records = []
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("compiling", total=sum(len(found) for *_, found in groups))
