@@ -19,6 +19,14 @@ SIN = (0.9999995827674866, -0.16666552424430847, 0.008332399651408195, -0.000198
 TURN = (6.28125, 254 / 2**17, 6.283185307179586 - 6.28125 - 254 / 2**17)  # a turn; times 2**16 two terms are exact
 
 
+def cosine(angle: jax.Array, phase: jax.Array) -> jax.Array:
+    """cos(angle - phase) of f32 angles up to 2**16 turns and phases within half a turn, right to 1e-6."""
+    turns = jnp.floor(angle * (1 / 6.283185307179586) + (0.5 - phase * (1 / 6.283185307179586)))
+    for part in TURN:
+        angle = angle - turns * part
+    return _polynomial(COS, jnp.square(angle - phase))
+
+
 def cos_sin(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of f32 angles up to 2**16 turns, right to 1e-6; 0.6 ns a pair on a CPU where XLA's take 21."""
     turns = jnp.floor(angle * (1 / 6.283185307179586) + 0.5)

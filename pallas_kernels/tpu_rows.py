@@ -170,6 +170,25 @@ def words_of_three(words: jax.Array, rows, nibbles) -> jax.Array:
     return jnp.concatenate(parts, 1)
 
 
+def whole_lanes(width: int) -> int:
+    """The next whole number of registers, in lanes."""
+    return pl.cdiv(width, LANES) * LANES
+
+
+def pick(registers: list[jax.Array], index: jax.Array, first: int = 0) -> jax.Array:
+    """Elements `index` i32[n, 128] of rows of 32 bits that lie in registers [n, 128], the first of which is `first`.
+
+    Mosaic picks lanes of one register by indices that differ in every place; a row of several registers is picked from
+    one by one, and the right result is kept.
+    """
+    within = index & (LANES - 1)
+    picked = [jnp.take_along_axis(x, within, 1, mode="promise_in_bounds") for x in registers]
+    found, which = picked[0], index >> 7
+    for i, x in enumerate(picked[1:], first + 1):
+        found = jnp.where(which == i, x, found)
+    return found
+
+
 def lane_slices(dim: int) -> list[slice]:
     """Cut an axis along lanes into registers."""
     return [slice(first, min(first + LANES, dim)) for first in range(0, dim, LANES)]

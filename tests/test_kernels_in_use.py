@@ -63,6 +63,8 @@ def test_reading_a_prompt_takes_the_kernels_of_prefill_and_quantise():
         ("kivi", {"quantized_decode"}),
         ("quarot", {"hadamard", "quantized_decode"}),
         ("hack", {"homomorphic_decode"}),
+        ("turboquant:bits=3", {"hadamard", "codebook_decode"}),
+        ("kvquant:calibration=kvquant_3.safetensors", {"codebook_decode"}),
         ("zeroc:k_rank=32,v_rank=48,calibration=zeroc.safetensors", {"low_rank_decode"}),
         ("zeroc:rank=32,bits=4,calibration=zeroc.safetensors", {"low_rank_decode"}),
         ("quest:budget=64,full_layers=0", {"low_rank_decode"}),  # what gather_decode reads its copied pages with

@@ -66,9 +66,11 @@ def main(config: Config) -> None:
         re.compile(config.only)
     except re.error as error:
         raise ValueError(f"only={config.only!r} is no regular expression: {error}.") from error
+    groups = [(name, group, found) for name in names for group, found in _groups(name, config)]
+    if not groups:
+        raise ValueError(f"only={config.only!r} is found in no program; one is named 'quantized_decode / tpu / split'.")
     records = []
     with Progress(console=Console(stderr=True)) as progress:
-        groups = [(name, group, found) for name in names for group, found in _groups(name, config)]
         task = progress.add_task("compiling", total=sum(len(found) for *_, found in groups))
         with ThreadPoolExecutor(config.workers) as pool:
             futures = [pool.submit(_compile, *group, config) for group in groups]

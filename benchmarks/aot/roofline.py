@@ -25,12 +25,19 @@ from rich.table import Table
 from benchmarks.aot.bundles import Schedule, schedule
 from benchmarks.plot import tpu_roofline
 from experiments.cli import environment, run
+from pallas_kernels.codebook_decode.block_sizes import tpu_sizes as codebook_sizes
 from pallas_kernels.entropy_decode.block_sizes import tpu_sizes as entropy_sizes
 from pallas_kernels.entropy_decode.formats import StreamFormat
 from pallas_kernels.low_rank_decode.block_sizes import tpu_block
 from pallas_kernels.quantized_decode.block_sizes import tpu_sizes
 
-OPERATIONS = ("quantized_decode", "homomorphic_decode", "low_rank_decode", "entropy_decode")  # that read all tokens
+OPERATIONS = (  # that read all tokens
+    "quantized_decode",
+    "homomorphic_decode",
+    "low_rank_decode",
+    "entropy_decode",
+    "codebook_decode",
+)
 
 CHIPS = {
     "v5e": (0.82e12, 1.5e9),
@@ -79,9 +86,9 @@ def _cases(operation: str) -> dict[str, Any]:
 
 def _predict(chip: str, operation: str, name: str) -> dict[str, Any]:
     case = _cases(operation)[name]
-    _, k, v, *rest = case.shapes()
+    q, k, v, *rest = case.shapes()
     sums = rest[:2] if operation == "homomorphic_decode" else ()
-    heads_tokens = math.prod(jax.tree.leaves(k)[0].shape[:2]) * case.num_slots
+    heads_tokens = math.prod(q.shape[:2]) * case.num_slots
     num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((k, v, sums))) / heads_tokens
     block, tile = _sizes(operation, case)
     with tempfile.TemporaryDirectory() as folder:
@@ -108,6 +115,8 @@ def _predict(chip: str, operation: str, name: str) -> dict[str, Any]:
 
 def _sizes(operation: str, case: Any) -> tuple[int, int]:
     """Tokens of a block and of a tile."""
+    if operation == "codebook_decode":
+        return codebook_sizes(*case.shapes()[:3])
     formats = case.options["k_format"], case.options["v_format"]
     if operation == "entropy_decode":
         return entropy_sizes(case.num_slots, math.lcm(*(fmt.block for fmt in formats)))

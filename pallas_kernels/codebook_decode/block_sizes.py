@@ -2,6 +2,12 @@
 
 import dataclasses
 
+import jax
+
+from pallas_kernels.codebook_decode.rows import CodebookRows
+from pallas_kernels.formats import Format
+from pallas_kernels.quantized_decode import block_sizes
+
 BLOCKED = 512  # as in `quantized_decode`
 
 _TILE = 32  # slots of a step of online softmax; 64 take twice the instructions a step, and all registers
@@ -32,3 +38,10 @@ def gpu_sizes(heads: int, slots: int, rows: int, pairs: int, channels: int) -> G
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def tpu_sizes(q: jax.Array, k: CodebookRows, v: CodebookRows) -> tuple[int, int]:
+    """Tokens of a block and of a tile, as for codes with a scale a token."""
+    formats = [Format(x.bits, "token", q.shape[3]) for x in (k, v)]
+    sides = [(x.codes.shape[3], fmt) for x, fmt in zip((k, v), formats, strict=True)]
+    return block_sizes.tpu_sizes(k.num_slots, *sides)

@@ -142,7 +142,7 @@ CASES = {
         keys(2), values(2), num_kv_heads=1, num_slots=1024, length=(0, 1, 31, 32, 33, 63, 64, 65, 511, 512, 513, 1024)
     ),
     "odd-slots": Case(keys(), values(), num_slots=32 * 11, length=(345, 7)),
-    "one-block": Case(keys(4), values(4), num_slots=8, length=(8,)),
+    "one-block": Case(keys(), values(), num_slots=32, length=(32,)),
     "bfloat16-query": Case(keys(), values(), head_dim=128, dtype="bfloat16"),
     "soft-cap": Case(keys(), values(), soft_cap=20.0),
     "holes": Case(keys(), values(), positions="shared"),

@@ -1,8 +1,4 @@
-"""Lanes in both readers of the TPU kernel: units lie along sublanes, eight at a time, their words along lanes.
-
-Mosaic picks lanes of one register by indices that differ in every place; a row of several registers is picked from one
-by one, and the right result is kept.
-"""
+"""Lanes in both readers of the TPU kernel: units lie along sublanes, eight at a time, their words along lanes."""
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +13,6 @@ EIGHT = (SUBLANES, LANES)
 def lanes() -> jax.Array:
     """Number of each lane, i32[8, 128]."""
     return lax.broadcasted_iota(jnp.int32, EIGHT, 1)
-
-
-def whole_lanes(width: int) -> int:
-    """The next whole number of registers, in lanes."""
-    return pl.cdiv(width, LANES) * LANES
-
-
-def pick(registers: list[jax.Array], index: jax.Array, first: int = 0) -> jax.Array:
-    """Elements `index` i32[n, 128] of rows of 32 bits that lie in registers [n, 128], the first of which is `first`."""
-    within = index & (LANES - 1)
-    picked = [jnp.take_along_axis(x, within, 1, mode="promise_in_bounds") for x in registers]
-    found, which = picked[0], index >> 7
-    for i, x in enumerate(picked[1:], first + 1):
-        found = jnp.where(which == i, x, found)
-    return found
 
 
 def registers(ref, row, low: int, high: int) -> list[jax.Array]:

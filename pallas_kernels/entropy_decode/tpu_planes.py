@@ -9,8 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.entropy_decode.formats import PlaneFormat, Planes
-from pallas_kernels.entropy_decode.tpu_lanes import EIGHT, before, lanes, pick, registers
-from pallas_kernels.tpu_rows import LANES, SUBLANES
+from pallas_kernels.entropy_decode.tpu_lanes import EIGHT, before, lanes, registers
+from pallas_kernels.tpu_rows import LANES, SUBLANES, pick
 
 
 @dataclasses.dataclass(frozen=True)

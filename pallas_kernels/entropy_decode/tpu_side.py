@@ -9,9 +9,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.entropy_decode.tpu_lanes import EIGHT, lanes, pick, whole_lanes
+from pallas_kernels.entropy_decode.tpu_lanes import EIGHT, lanes
 from pallas_kernels.quantized_decode.tpu_side import Scratch, Side, block_spec
-from pallas_kernels.tpu_rows import LANES, tokens_along_lanes
+from pallas_kernels.tpu_rows import LANES, pick, tokens_along_lanes, whole_lanes
 
 
 class Stored(NamedTuple):

@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.entropy_decode.formats import StreamFormat, Streams
-from pallas_kernels.entropy_decode.tpu_lanes import EIGHT, before, pick, registers, whole_lanes
-from pallas_kernels.tpu_rows import LANES, SUBLANES
+from pallas_kernels.entropy_decode.tpu_lanes import EIGHT, before, registers
+from pallas_kernels.tpu_rows import LANES, SUBLANES, pick, whole_lanes
 
 
 class _Bits(NamedTuple):

@@ -7,7 +7,8 @@ Zero points and the bias are corrections of rank one a group.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ class Side:
         if scratch.codes is not None:
             words = x.codes[...]
             turned = words.astype(jnp.int32).T if self.fmt.bits == 8 else lax.bitcast_convert_type(words, jnp.int32).T
-            scratch.codes[...] = turned.astype(scratch.codes.dtype)
+            scratch.codes[:, : self.dim] = turned.astype(scratch.codes.dtype)
 
     def read(self, x: Quantized, scratch: Scratch, i, live, dtype) -> "Tile":
         """Tile i of a block of which `live` tokens count."""
@@ -185,15 +186,21 @@ class Side:
 
     def codes_of(self, x: Quantized, scratch: Scratch, i, dtype) -> jax.Array:
         """Biased codes of tile i in the order of `tokens_of_lanes`: [T, D]."""
-        ref, rows = x.codes if scratch.codes is None else scratch.codes, self._rows(self.tile)
-        words = ref[pl.ds(pl.multiple_of(i * rows, rows), rows), :]
-        if scratch.three is not None:
-            words = words_of_three(words, *scratch.three)
+        words = self.words_of(x, scratch, i)
         if self.fmt.bits == 8:
             return self.unpacked(pltpu.bitcast(words, jnp.uint32), 8).astype(dtype)
+        return jnp.concatenate([self.unpacked(part, self.held_bits) for part in self.parts(words)]).astype(dtype)
+
+    def words_of(self, x: Any, scratch: Any, i) -> jax.Array:
+        """Words of tile i, `held_bits` a code; bytes at 8 bits."""
+        ref, rows = x.codes if scratch.codes is None else scratch.codes, self._rows(self.tile)
+        words = ref[pl.ds(pl.multiple_of(i * rows, rows), rows), :]
+        return words if scratch.three is None else words_of_three(words, *scratch.three)
+
+    def parts(self, words: jax.Array) -> list[jax.Array]:
+        """What `words_of` gave, cut into words of 128 tokens."""
         size = LANES * self.held_bits // 32
-        chunks = [self.unpacked(words[first : first + size], self.held_bits) for first in range(0, len(words), size)]
-        return jnp.concatenate(chunks).astype(dtype)
+        return [words[first : first + size] for first in range(0, len(words), size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,12 +308,16 @@ def rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return lax.bitcast_convert_type(bits & -0x10000, jnp.float32)
 
 
-def block_spec(shape: tuple[int, int], tokens_last: bool, block_of) -> pl.BlockSpec:
-    """Blocks of an array [B, K, ...] along its last axis, or the one before."""
+def block_spec(shape: tuple[int, int], tokens_last: bool, block_of, at: Callable = lambda h: (h, 0)) -> pl.BlockSpec:
+    """Blocks of an array [B, K, ...] along its last axis, or the one before.
+
+    Args:
+      at: From a KV head, its place on the axis of heads and which block of the axis that is not walked is its own.
+    """
 
     def index(b, h, j, length):
-        step = block_of(b, j, length)
-        return (b, h, 0, step) if tokens_last else (b, h, step, 0)
+        (head, other), step = at(h), block_of(b, j, length)
+        return (b, head, other, step) if tokens_last else (b, head, step, other)
 
     return pl.BlockSpec((None, None, *shape), index)
 

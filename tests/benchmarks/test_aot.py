@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.aot.__main__ import compact, failure
+from benchmarks.aot.__main__ import Config, compact, failure, main
 from benchmarks.aot.compile_group import decoded_arrays, vmem
 from benchmarks.aot.programs import OPERATIONS, programs
 from benchmarks.aot.targets import DEVICES
@@ -123,3 +123,10 @@ def test_vector_memory_is_that_of_the_kernel_with_most():
     assert vmem('custom_call_target="matmul"') == {}
     with pytest.raises(ValueError, match="does not say how much vector memory"):
         vmem('custom_call_target="tpu_custom_call"')
+
+
+def test_a_selection_of_nothing_is_an_error_and_writes_nothing(tmp_path):
+    out = tmp_path / "aot.json"
+    with pytest.raises(ValueError, match="only='no such kernel' is found in no program"):
+        main(Config(devices="v5e", only="no such kernel", out=out))
+    assert not out.exists()
