@@ -156,6 +156,5 @@ SERVING = {
     f"bits-{b}-head_dim-{d}": Case(
         keys(b, m), values(b, m), d, heads, rows, num_slots=32768, length=(32768,) * 8, dtype="bfloat16"
     )
-    for b in (2, 3, 4)
-    for d, heads, rows, m in ((64, 3, 3, 2), (128, 8, 4, 12))
+    for b, d, heads, rows, m in ((3, 64, 3, 3, 2), (2, 128, 8, 4, 12), (3, 128, 8, 4, 12), (4, 128, 8, 4, 12))
 }
