@@ -35,6 +35,7 @@ def test_levels_alone_shrink_products_and_the_sketch_undoes_it():
     assert abs(sketched.mean()) < 4 * spread < 0.03
 
 
+@pytest.mark.slow
 def test_variance_is_the_published_bound():
     k = normal(0, 32, DIM)
     residual = np.asarray(k - decoded(ONE_BIT, encode(ONE_BIT, k, None), None))

@@ -246,7 +246,7 @@ HOST = ",memory=host"
     ("text", "store"),
     [
         (TEXT, ""),
-        (TEXT + ",heads=kv", ""),
+        pytest.param(TEXT + ",heads=kv", "", marks=pytest.mark.slow),
         (COMPRESSED, "+kivi:bits=4"),  # pages of 8 tokens, which two clusters may share
         pytest.param(TEXT, "+int8", marks=pytest.mark.slow),
     ],

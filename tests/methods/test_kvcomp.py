@@ -236,8 +236,8 @@ def test_keys_before_rope_are_what_is_quantised_and_wrapped_slots_count_what_the
     pos = jnp.broadcast_to(jnp.arange(128), (1, 2, 128))
     plain = 5.0 + 0.1 * normal(0, 1, 2, 128, HEAD_DIM)
     x = rope.apply(plain, pos)
-    enc, rotated = before.encode(x, pos), after.encode(x, pos)
-    errors = [np.abs(np.asarray(codec.decode(e, pos) - x)).mean() for codec, e in ((before, enc), (after, rotated))]
+    enc, rotated = encode(before, x, pos), encode(after, x, pos)
+    errors = [np.abs(np.asarray(decode(codec, e, pos) - x)).mean() for codec, e in ((before, enc), (after, rotated))]
     assert errors[0] < errors[1] / 5
     assert 0 < int(before.spare_bits(enc).min()) < before.nbits(64, HEAD_DIM)
 

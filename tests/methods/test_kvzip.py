@@ -1,6 +1,7 @@
 """Faithfulness of KVzip: scores are those of repeating the prompt, and nothing else of the prompt changes."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -105,12 +106,12 @@ def test_scores_can_be_given_from_outside():
     prompt = kvc.open_prompt(
         make("kvzip:budget=14,safeguard=none", batch=1, num_kv_heads=2, max_len=48, prompt_lens=[40]), 40, num_heads=4
     )
-    _, prompt = kvc.attend(prompt, q, k, v)
+    attend, close = jax.jit(kvc.attend), jax.jit(kvc.close_prompt)
     stat = jnp.asarray(np.random.default_rng(0).random((1, 2, 40)), jnp.float32)
-    closed = kvc.close_prompt(prompt, stat=stat)
+    closed = close(attend(prompt, q, k, v)[1], stat=stat)
     for head, kept in enumerate(held(closed)):
         best = np.argsort(-np.asarray(stat[0, head, SINKS:]))[:10] + SINKS
         assert kept == set(best.tolist()) | set(range(SINKS))
     turn = kvc.open_prompt(closed, 5, fresh=False, num_heads=4)
-    after = kvc.close_prompt(kvc.attend(turn, q[:, :5], k[:, :5], v[:, :5])[1])  # what follows is kept without rank
+    after = close(attend(turn, q[:, :5], k[:, :5], v[:, :5])[1])  # what follows is kept without rank
     assert held(after) == [head | set(range(40, 45)) for head in held(closed)]

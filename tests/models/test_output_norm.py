@@ -1,5 +1,7 @@
 """How much values can change the output, as the model tells a policy that weighs by it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +27,9 @@ def read(lm, tokens, chunk):
     plan = kvc.parse(METHOD).plan(lm.config.layout, max_len=40, prompt_len=tokens.shape[1])
     caches = plan.init(batch=len(tokens), dtype=jnp.float32)
     prompts = tuple(kvc.open_prompt(c, tokens.shape[1], num_heads=lm.config.num_heads) for c in caches)
+    step = jax.jit(functools.partial(lm.model.apply, logits="none"))
     for start in range(0, tokens.shape[1], chunk):
-        _, prompts = lm.model.apply(lm.params, tokens[:, start : start + chunk], prompts, logits="none")
+        _, prompts = step(lm.params, tokens[:, start : start + chunk], prompts)
     return prompts
 
 
