@@ -8,6 +8,7 @@ from benchmarks import model
 from tests.experiments.tiny import write_model
 
 
+@pytest.mark.slow
 def test_every_method_is_timed_and_its_peak_is_counted(tmp_path):
     folder = write_model(tmp_path / "model")
     methods = ("full", "int4:group_size=8", "streaming_llm:budget=16")

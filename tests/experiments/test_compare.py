@@ -79,6 +79,7 @@ def test_bytes_and_bits_are_those_of_the_cache(finished):
     assert rows["kivi:bits=2,group_size=16,residual=32"]["kl"] > rows["int8:block_size=16"]["kl"] > 0
 
 
+@pytest.mark.slow
 def test_streaming_is_another_measurement_and_a_row_that_saves_nothing_says_so(
     finished, model_folder, text_file, tmp_path
 ):

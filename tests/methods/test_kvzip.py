@@ -67,6 +67,7 @@ def test_reading_the_prompt_gives_what_the_full_cache_gives():
         np.testing.assert_array_equal(kvc.live_tokens(cache), [30, 16])
 
 
+@pytest.mark.slow
 def test_rows_keep_what_each_keeps_alone():
     lm, _ = golden.load("llama")
     rows = draw(lm, 60, 33, 7)

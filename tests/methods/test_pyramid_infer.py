@@ -158,6 +158,7 @@ def test_positions_travel_with_tokens():
         np.testing.assert_allclose(k, whole[pos], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_keep_what_each_keeps_alone():
     lm, _ = golden.load("llama")
     lengths = [90, 50]
@@ -200,6 +201,7 @@ def test_later_tokens_are_thinned_by_the_block_and_the_prompts_never():
     assert len(sets) < prompt + steps - 20
 
 
+@pytest.mark.slow
 def test_what_is_handed_on_can_be_quantised():
     """Units of codes cost a layer fewer tokens than a unit and a block; whatever comes later is kept."""
     lm, _ = golden.load("llama")

@@ -115,6 +115,7 @@ def test_copies_go_and_the_newest_of_them_stays():
         assert set(copies.tolist()) & head == {42}
 
 
+@pytest.mark.slow
 def test_quantised_tokens_go_by_the_unit():
     prompt, steps, budget, buffer = 120, 70, 80, 16
     q, k, v = qkv(6, 1, prompt + steps)

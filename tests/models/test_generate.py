@@ -104,7 +104,7 @@ def test_bad_calls_are_refused(prompts, options, words):
         lm.generate(prompts, **options)
 
 
-@pytest.mark.parametrize("chunk", [32, 512], ids="chunk={}".format)
+@pytest.mark.parametrize("chunk", [pytest.param(32, marks=pytest.mark.slow), 512], ids="chunk={}".format)
 def test_methods_share_the_program_that_reads_prompts_and_layers_the_one_that_compresses(monkeypatch, chunk):
     """Compressing comes after reading, so only what a policy wants to see of a prompt makes reading another program."""
     monkeypatch.setattr(programs, "_programs", {})

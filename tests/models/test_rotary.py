@@ -47,6 +47,7 @@ def test_frequencies_that_change_with_the_length_are_known_up_to_there(name):
         lm.layout.rope(0, limit + 1)
 
 
+@pytest.mark.slow
 def test_weights_are_squares_of_the_gradient_of_the_loss():
     lm, golden = load("qwen3")
     tokens = golden["tokens"][0, :12]

@@ -122,6 +122,7 @@ def test_a_part_is_rotated_once():
         models.rotate(packed)
 
 
+@pytest.mark.slow
 def test_a_rotated_model_generates_the_same_text_and_survives_saving(tmp_path):
     lm, golden = load("qwen3")
     rotated = models.rotate(lm)

@@ -64,6 +64,7 @@ def test_an_end_of_text_id_ends_a_request_and_is_not_kept(lm):
     assert got[0] == plain[0][: plain[0].index(end)]
 
 
+@pytest.mark.slow
 def test_frequencies_that_switch_go_by_the_longest_text():
     lm, _ = load("phi3_longrope")
     rng = np.random.default_rng(0)
